@@ -1,0 +1,5 @@
+"""`python -m wfm` is the command `wfm`."""
+
+from wfm.cli import main
+
+main()
