@@ -151,7 +151,14 @@ class FailureClass(StrEnum):
 
 
 REPEATABLE = frozenset(
-    {FailureClass.EXIT, FailureClass.TIMEOUT, FailureClass.OOM, FailureClass.SIGNAL, FailureClass.VANISHED, FailureClass.TASK}
+    {
+        FailureClass.EXIT,
+        FailureClass.TIMEOUT,
+        FailureClass.OOM,
+        FailureClass.SIGNAL,
+        FailureClass.VANISHED,
+        FailureClass.TASK,
+    }
 )
 """Failures that `max_retries` applies to; the others would fail again in the same way."""
 

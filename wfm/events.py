@@ -1,0 +1,172 @@
+"""Every event that travels: tagged structs, their codec, and who may be addressed.
+
+A message is one stream field named ``event`` that holds JSON. It is a hint: it says where to look; the
+recipient reads the truth from Postgres. Unknown fields are ignored, so newer senders may add some.
+Events of a run are emitted by its statechart (which also names their recipient); `ENTRANCES` lists the others.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+from msgspec import Struct
+
+from wfm.model import Role
+
+SCHEMA_VERSION = 1
+
+
+class Event(Struct, frozen=True, tag_field="type", kw_only=True, omit_defaults=True):
+    """What all events carry.
+
+    Attributes:
+        id: key of the ledger row; None for a message that somebody outside wfm wrote.
+        schema: version of the body's layout.
+        at: time of the change, ISO 8601 in UTC.
+        actor: who caused it. reason: why.
+    """
+
+    id: int | None = None
+    schema: int = SCHEMA_VERSION
+    at: str = ""
+    actor: str = ""
+    reason: str = ""
+
+    durable: ClassVar[bool] = True
+    """False for a pure wake-up that has no ledger row: losing it costs one sweep interval."""
+
+
+class DataArrived(Event, frozen=True, tag="data.arrived", kw_only=True):
+    """A raw data package was registered or changed. Anybody may write this one; it is idempotent.
+
+    Attributes:
+        raw_data_package: id or name in the catalogue.
+    """
+
+    raw_data_package: int | str
+
+
+class PipelineChanged(Event, frozen=True, tag="pipeline.changed", kw_only=True):
+    """A pipeline, or something it uses, was applied, paused, enabled or triggered.
+
+    Attributes:
+        pipeline: name. pipeline_id: key.
+    """
+
+    pipeline: str = ""
+    pipeline_id: int
+
+
+class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
+    """Something that a PENDING run may have waited for is free."""
+
+    durable: ClassVar[bool] = False
+
+
+class RunEvent(Event, frozen=True, kw_only=True):
+    """A run entered a state.
+
+    Attributes:
+        run: id of the run. version: its transition number; a recipient that finds another one looks again.
+        attempt: number of the computation, from 1.
+        pipeline, step, unit: names. state: the state entered.
+    """
+
+    run: int
+    version: int
+    attempt: int = 1
+    pipeline: str = ""
+    step: str = ""
+    unit: str = ""
+    state: str = ""
+
+
+class GapDetected(RunEvent, frozen=True, tag="gap.detected", kw_only=True):
+    """A gap became a run, or a retry is due."""
+
+
+class JobBuilt(RunEvent, frozen=True, tag="job.built", kw_only=True):
+    """The run was admitted; its inputs are to be staged."""
+
+
+class JobSubmitted(RunEvent, frozen=True, tag="job.submitted", kw_only=True):
+    """The backend holds the job."""
+
+
+class JobRunning(RunEvent, frozen=True, tag="job.running", kw_only=True):
+    """The backend says the job executes."""
+
+
+class JobCompleted(RunEvent, frozen=True, tag="job.completed", kw_only=True):
+    """The job ended well; its outputs are to be collected."""
+
+
+class AttemptFailed(RunEvent, frozen=True, tag="attempt.failed", kw_only=True):
+    """An attempt failed and will be repeated."""
+
+
+class RunCancelling(RunEvent, frozen=True, tag="run.cancelling", kw_only=True):
+    """Someone cancelled a run that may have a job."""
+
+
+class RunCollected(RunEvent, frozen=True, tag="run.collected", kw_only=True):
+    """Outputs are registered, lineage is linked."""
+
+
+class RunFailed(RunEvent, frozen=True, tag="run.failed", kw_only=True):
+    """The run failed for good."""
+
+
+class RunCancelled(RunEvent, frozen=True, tag="run.cancelled", kw_only=True):
+    """The run was cancelled or withdrawn."""
+
+
+AnyEvent = (
+    DataArrived
+    | PipelineChanged
+    | SlotFreed
+    | GapDetected
+    | JobBuilt
+    | JobSubmitted
+    | JobRunning
+    | JobCompleted
+    | AttemptFailed
+    | RunCancelling
+    | RunCollected
+    | RunFailed
+    | RunCancelled
+)
+
+TYPES: dict[str, type[AnyEvent]] = {str(t.__struct_config__.tag): t for t in AnyEvent.__args__}
+"""Every event by its type name, which is also the last part of its stream's key."""
+
+RUN_EVENTS = frozenset(name for name, t in TYPES.items() if issubclass(t, RunEvent))
+
+ENTRANCES: dict[str, Role] = {
+    "data.arrived": Role.TRIGGER_MANAGER,
+    "pipeline.changed": Role.TRIGGER_MANAGER,
+    "slot.freed": Role.WORKFLOW_MANAGER,
+}
+"""Recipients of the events that no statechart emits."""
+
+_encoder = msgspec.json.Encoder()
+_decoders = {name: msgspec.json.Decoder(t) for name, t in TYPES.items()}
+
+
+def encode(event: AnyEvent) -> bytes:
+    """The JSON that goes into the stream field ``event``."""
+    return _encoder.encode(event)
+
+
+def decode(name: str, body: bytes) -> AnyEvent:
+    """The event in a message of stream ``name``.
+
+    The body may leave out ``type``: the stream says it, which keeps the door for other systems simple.
+
+    Raises:
+        msgspec.DecodeError: the body is not such an event; the text says where and why.
+        KeyError: no such event type.
+    """
+    event: AnyEvent = _decoders[name].decode(body)
+    return event

@@ -1,0 +1,571 @@
+"""The tables. All of them live in one schema (``wfm`` by default), which connections put on their search path.
+
+Two halves: the *catalogue* (what was observed and where it lies) and the *workflow* (what to do with it, what was
+done, and why). Rules that must never break stand here as constraints, not only in Python.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import UserDefinedType
+
+from wfm.model import FINAL_STATES, CoverageState, ProductType, RunState, TriggerType, VersionPolicy
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class Xid8(UserDefinedType[int]):
+    """Postgres' 64-bit transaction id; lets a reader of the ledger stop before transactions still open."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        return "XID8"
+
+
+def _id() -> Column[int]:
+    return Column("id", BigInteger, Identity(always=False), primary_key=True)
+
+
+def _ref(name: str, target: str, *, null: bool = False, index: bool = False) -> Column[int]:
+    return Column(name, BigInteger, ForeignKey(f"{target}.id"), nullable=null, index=index)
+
+
+def _text(name: str, default: str | None = "") -> Column[str]:
+    """A text column; ``default=None`` means that a value must be given."""
+    return Column(
+        name, Text, nullable=False, server_default=None if default is None else text(f"'{default}'")
+    )
+
+
+def _time(name: str, *, now: bool = False) -> Column[object]:
+    return Column(
+        name, DateTime(timezone=True), nullable=not now, server_default=text("now()") if now else None
+    )
+
+
+def _json(name: str, default: str = "{}") -> Column[object]:
+    return Column(name, JSONB, nullable=False, server_default=text(f"'{default}'"))
+
+
+def _one_of(column: str, values: object) -> CheckConstraint:
+    listed = ", ".join(f"'{v}'" for v in values)  # type: ignore[attr-defined]
+    return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+# A 128-bit unsigned number: the hash of one item, or the sum modulo 2^128 of a set's items.
+def _digest(name: str, *, null: bool = False) -> Column[object]:
+    return Column(name, Numeric(39, 0), nullable=null, server_default=None if null else text("0"))
+
+
+_FINAL = ", ".join(f"'{s}'" for s in sorted(FINAL_STATES))
+
+# --- catalogue ---
+
+site = Table("site", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description"))
+
+data_location = Table(
+    "data_location",
+    metadata,
+    _id(),
+    _ref("site_id", "site"),
+    Column("name", Text, nullable=False, unique=True),
+    _text("type", None),
+    _text("storage", "disk"),
+    _text("root"),
+    Column("priority", Integer, nullable=False, server_default=text("0")),
+    _one_of("type", ("source", "buffer", "long_term_archive", "processing")),
+    _one_of("storage", ("disk", "s3", "tape")),
+)
+
+instrument = Table(
+    "instrument", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description")
+)
+
+instrument_module = Table(
+    "instrument_module",
+    metadata,
+    _id(),
+    _ref("instrument_id", "instrument"),
+    Column("name", Text, nullable=False, unique=True),
+    _text("description"),
+)
+
+source = Table(
+    "source",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _text("kind", "fixed"),
+    _json("metadata"),
+)
+
+observing_program = Table(
+    "observing_program",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _text("description"),
+)
+
+obs_unit = Table(
+    "obs_unit",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _ref("source_id", "source", null=True),
+    _ref("observing_program_id", "observing_program", null=True),
+    _text("line"),
+    _json("metadata"),
+)
+
+executed_obs_unit = Table(
+    "executed_obs_unit",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _ref("obs_unit_id", "obs_unit", index=True),
+    _time("started_at"),
+    _time("ended_at"),
+    _json("metadata"),
+    CheckConstraint("ended_at >= started_at", name="order"),
+)
+
+raw_data_package = Table(
+    "raw_data_package",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _ref("executed_obs_unit_id", "executed_obs_unit", index=True),
+    _ref("instrument_module_id", "instrument_module"),
+    _text("state", "archived"),
+    Column("size", BigInteger, nullable=False),
+    _digest("item"),  # hash of name and file checksums; the package's term in a unit's digest
+    _json("metadata"),
+    _time("registered_at", now=True),
+    _one_of("state", ("waiting", "transferring", "archived", "failed")),
+    CheckConstraint("size >= 0", name="size"),
+)
+
+raw_data_file = Table(
+    "raw_data_file",
+    metadata,
+    _id(),
+    _ref("package_id", "raw_data_package"),
+    _text("name", None),
+    Column("size", BigInteger, nullable=False),
+    _text("checksum", None),  # "sha256:<hex>"
+    UniqueConstraint("package_id", "name"),
+    CheckConstraint("checksum LIKE 'sha256:%'", name="checksum"),
+)
+
+physical_copy = Table(
+    "physical_copy",
+    metadata,
+    _id(),
+    _ref("location_id", "data_location"),
+    Column("package_id", BigInteger, ForeignKey("raw_data_package.id")),
+    Column("product_id", BigInteger, ForeignKey("data_product.id")),
+    _text(
+        "path"
+    ),  # directory of a package's files, or a product's file; relative to the location's root, or absolute
+    _text("status", "present"),
+    _time("created_at", now=True),
+    _one_of(
+        "status",
+        (
+            "present",
+            "staged",
+            "deletion_possible",
+            "deletion_scheduled",
+            "deletion_in_progress",
+            "deleted",
+            "deletion_failed",
+        ),
+    ),
+    CheckConstraint("num_nonnulls(package_id, product_id) = 1", name="one_thing"),
+    Index(
+        "uq_physical_copy_package",
+        "package_id",
+        "location_id",
+        unique=True,
+        postgresql_where=text("package_id IS NOT NULL"),
+    ),
+    Index(
+        "uq_physical_copy_product",
+        "product_id",
+        "location_id",
+        unique=True,
+        postgresql_where=text("product_id IS NOT NULL"),
+    ),
+)
+
+# --- what to do ---
+
+software = Table(
+    "software", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description")
+)
+
+software_version = Table(
+    "software_version",
+    metadata,
+    _id(),
+    _ref("software_id", "software"),
+    _text("version", None),
+    _json("command", "[]"),
+    _text("image"),
+    _text("sif"),
+    _text("state", "active"),
+    _time("created_at", now=True),
+    _one_of("state", ("active", "deprecated", "revoked")),
+    UniqueConstraint("software_id", "version"),
+)
+
+config = Table(
+    "config", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description")
+)
+
+# Immutable: changed parameters make a new revision, the newest one counts.
+config_revision = Table(
+    "config_revision",
+    metadata,
+    _id(),
+    _ref("config_id", "config"),
+    Column("revision", Integer, nullable=False),
+    _json("parameters"),
+    _text("hash", None),
+    _time("created_at", now=True),
+    UniqueConstraint("config_id", "revision"),
+)
+
+data_grouping = Table(
+    "data_grouping",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _text("description"),
+    _json("rules", "[]"),
+)
+
+pipeline = Table(
+    "pipeline",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _text("description"),
+    _ref("grouping_id", "data_grouping"),
+    _ref("location_id", "data_location"),
+    _text("trigger_type", TriggerType.CONTINUOUS),
+    _json("trigger_config"),
+    Column("enabled", Boolean, nullable=False, server_default=text("true")),
+    Column("priority", Integer, nullable=False, server_default=text("0")),
+    _text("paused_by"),  # empty: not paused
+    _text("paused_reason"),
+    _time("deleted_at"),
+    _one_of("trigger_type", TriggerType),
+)
+
+reduction_step = Table(
+    "reduction_step",
+    metadata,
+    _id(),
+    _ref("pipeline_id", "pipeline"),
+    _text("name", None),
+    Column("position", Integer, nullable=False),  # topological order, from 0
+    _text("description"),
+    _json("group_by", "[]"),
+    _text("dims", None),  # canonical text of group_by; steps with equal dims share units
+    _ref("software_id", "software"),
+    _text("version_policy", VersionPolicy.COMPATIBLE),
+    _text("version"),
+    _ref("config_id", "config", null=True),
+    _json("resources"),
+    _json("environment"),
+    Column("max_retries", Integer, nullable=False, server_default=text("3")),
+    Column("cooldown_seconds", Double, nullable=False, server_default=text("0")),
+    Column("retention_days", Double),  # None: kept for ever
+    Column("final", Boolean, nullable=False),  # no other step depends on it
+    Column(
+        "active", Boolean, nullable=False, server_default=text("true")
+    ),  # False: no longer in the applied pipeline
+    _text("paused_by"),
+    _text("paused_reason"),
+    UniqueConstraint("pipeline_id", "name"),
+    _one_of("version_policy", VersionPolicy),
+    CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
+    CheckConstraint(
+        "max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"
+    ),
+)
+
+step_dependency = Table(
+    "step_dependency",
+    metadata,
+    Column("step_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True),
+    Column("upstream_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True, index=True),
+    CheckConstraint("step_id <> upstream_id", name="not_itself"),
+)
+
+# --- units and coverage ---
+
+unit = Table(
+    "unit",
+    metadata,
+    _id(),
+    _ref("pipeline_id", "pipeline"),
+    _text("dims", None),
+    _text("key", None),
+    _json("values"),
+    Column(
+        "generation", BigInteger, nullable=False, server_default=text("0")
+    ),  # counts changes of the member set
+    _digest("digest"),
+    Column("members", BigInteger, nullable=False, server_default=text("0")),
+    UniqueConstraint("pipeline_id", "dims", "key"),
+    CheckConstraint("members >= 0", name="members"),
+)
+
+# A member belongs to the generations added <= g < removed; a run that pins generation g pins its inputs.
+unit_member = Table(
+    "unit_member",
+    metadata,
+    Column("unit_id", BigInteger, ForeignKey("unit.id"), primary_key=True),
+    Column("package_id", BigInteger, ForeignKey("raw_data_package.id"), primary_key=True),
+    Column("added", BigInteger, primary_key=True),
+    Column("removed", BigInteger),
+    _digest("item"),
+    CheckConstraint("removed > added", name="order"),
+    Index(
+        "uq_unit_member_current",
+        "package_id",
+        "unit_id",
+        unique=True,
+        postgresql_where=text("removed IS NULL"),
+    ),
+)
+
+# Which finer unit lies inside which coarser one, for pairs of steps that depend on each other.
+unit_edge = Table(
+    "unit_edge",
+    metadata,
+    Column("upper_id", BigInteger, ForeignKey("unit.id"), primary_key=True),
+    Column("lower_id", BigInteger, ForeignKey("unit.id"), primary_key=True, index=True),
+)
+
+coverage = Table(
+    "coverage",
+    metadata,
+    Column("step_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True),
+    Column("unit_id", BigInteger, ForeignKey("unit.id"), primary_key=True, index=True),
+    _text("state", None),
+    _text("why", None),
+    _text("reason"),
+    _text("wanted"),  # digest that a covering run must have
+    _ref("run_id", "run", null=True),  # the accepted COMPLETED run
+    _digest("result", null=True),  # the accepted result's term in the digest of units that depend on it
+    _time("due_at"),  # when the trigger-manager must look again
+    _time("updated_at", now=True),
+    _one_of("state", CoverageState),
+    CheckConstraint("state <> 'covered' OR (run_id IS NOT NULL AND result IS NOT NULL)", name="covered_by"),
+    Index("ix_coverage_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+)
+
+# --- runs ---
+
+run = Table(
+    "run",
+    metadata,
+    _id(),
+    _ref("location_id", "data_location"),
+    _ref("pipeline_id", "pipeline", index=True),
+    _ref("step_id", "reduction_step"),
+    _ref("unit_id", "unit"),
+    Column("generation", BigInteger, nullable=False),  # of the unit's member set: pins the raw inputs
+    _text("wanted", None),
+    _ref("software_version_id", "software_version"),
+    _ref("config_revision_id", "config_revision", null=True),
+    Column("priority", Integer, nullable=False, server_default=text("0")),
+    Column("cpu", Double, nullable=False),
+    Column("memory_gb", Double, nullable=False),
+    # moved only through the chart
+    _text("state", None),
+    Column("version", Integer, nullable=False, server_default=text("1")),
+    Column("chart_version", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False, server_default=text("1")),
+    Column(
+        "failures", Integer, nullable=False, server_default=text("0")
+    ),  # of the retries allowed, those used
+    _time("due_at"),
+    _time("look_again_at"),
+    _text("waiting_for"),  # why an active run does not move: no free slot, held: disk, ...
+    # the current attempt's job
+    Column("job", JSONB),  # wfm.model.JobSpec
+    _text("backend"),
+    _text("handle"),
+    # what became of it
+    _text("failure"),
+    _text("message"),
+    Column("exit_code", Integer),
+    Column("wall_seconds", Double),
+    Column("cpu_hours", Double),
+    Column("peak_memory_gb", Double),
+    _text("node"),
+    _json("evidence"),
+    _time("created_at", now=True),
+    _time("state_since", now=True),
+    _time("submitted_at"),
+    _time("started_at"),
+    _time("finished_at"),
+    _one_of("state", RunState),
+    CheckConstraint(f"(state IN ({_FINAL})) = (finished_at IS NOT NULL)", name="finished_at"),
+    CheckConstraint("attempt >= 1 AND version >= 1 AND failures >= 0", name="counts"),
+    Index(
+        "uq_run_active", "step_id", "unit_id", unique=True, postgresql_where=text(f"state NOT IN ({_FINAL})")
+    ),
+    Index("ix_run_wanted", "step_id", "unit_id", "wanted"),
+    Index(
+        "ix_run_state", "location_id", "state", "due_at", postgresql_where=text(f"state NOT IN ({_FINAL})")
+    ),
+)
+
+# Which upstream results a run read; its raw inputs follow from its unit and generation.
+run_input = Table(
+    "run_input",
+    metadata,
+    Column("run_id", BigInteger, ForeignKey("run.id"), primary_key=True),
+    Column("upstream_run_id", BigInteger, ForeignKey("run.id"), primary_key=True, index=True),
+)
+
+transition = Table(
+    "transition",
+    metadata,
+    Column("run_id", BigInteger, ForeignKey("run.id"), primary_key=True),
+    Column("version", Integer, primary_key=True),  # of the run, after this transition; gap-free from 1
+    Column("attempt", Integer, nullable=False),
+    _text("trigger", None),
+    _text("source"),  # empty for the first
+    _text("dest", None),
+    Column("chart_version", Integer, nullable=False),
+    _text("actor", None),
+    _text("reason"),
+    _time("at", now=True),
+)
+
+event = Table(
+    "event",
+    metadata,
+    _id(),
+    _ref("location_id", "data_location"),
+    _text("type", None),
+    _text("recipient"),  # a role; empty: for the public stream only
+    _json("body"),
+    Column("run_id", BigInteger),  # no foreign key: events outlive pruned runs
+    Column("run_version", Integer),
+    _text("actor", None),
+    _text("reason"),
+    _time("created_at", now=True),
+    _time("publish_at", now=True),
+    Column("publishes", Integer, nullable=False, server_default=text("0")),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    _time("done_at"),
+    Column("txid", Xid8(), nullable=False, server_default=text("pg_current_xact_id()")),
+    UniqueConstraint("run_id", "run_version", "type", "recipient"),
+    Index(
+        "ix_event_pending", "location_id", "recipient", "publish_at", postgresql_where=text("done_at IS NULL")
+    ),
+    Index("ix_event_txid", "txid", "id"),
+)
+
+task = Table(
+    "task",
+    metadata,
+    _id(),
+    _ref("location_id", "data_location"),
+    _text("kind", None),
+    _ref("run_id", "run", null=True),
+    Column("attempt", Integer, nullable=False, server_default=text("1")),
+    _text("state", "ready"),
+    Column("priority", Integer, nullable=False, server_default=text("0")),
+    _text("owner"),
+    Column("epoch", Integer, nullable=False, server_default=text("0")),  # fencing: grows with every lease
+    _time("lease_until"),
+    Column(
+        "tries", Integer, nullable=False, server_default=text("0")
+    ),  # leases that ended in an error or in silence
+    _time("due_at", now=True),
+    _json("payload"),
+    _text("error"),
+    _time("created_at", now=True),
+    _time("finished_at"),
+    _one_of("state", ("ready", "leased", "done", "failed", "closed")),
+    CheckConstraint("(state = 'leased') = (lease_until IS NOT NULL)", name="lease"),
+    Index(
+        "uq_task_run", "kind", "run_id", "attempt", unique=True, postgresql_where=text("run_id IS NOT NULL")
+    ),
+    Index("uq_task_location", "kind", "location_id", unique=True, postgresql_where=text("run_id IS NULL")),
+    Index(
+        "ix_task_open", "location_id", "kind", "due_at", postgresql_where=text("state IN ('ready', 'leased')")
+    ),
+)
+
+data_product = Table(
+    "data_product",
+    metadata,
+    _id(),
+    _ref("run_id", "run"),
+    Column("attempt", Integer, nullable=False),
+    _text("type", None),
+    _text("path", None),  # relative to the attempt's directory
+    Column("size", BigInteger, nullable=False),
+    _text("checksum", None),
+    _json("metrics"),
+    Column("superseded_by", BigInteger, ForeignKey("run.id"), index=True),
+    _time("created_at", now=True),
+    _one_of("type", ProductType),
+    UniqueConstraint("run_id", "path"),
+    CheckConstraint("superseded_by <> run_id", name="not_by_itself"),
+)
+
+dead_letter = Table(
+    "dead_letter",
+    metadata,
+    _id(),
+    _ref("location_id", "data_location"),
+    _text("stream", None),
+    _text("entry_id", None),
+    Column("body", LargeBinary, nullable=False),
+    _text("reason", None),
+    Column("event_id", BigInteger),
+    _text("state", "open"),
+    _text("actor"),
+    _time("created_at", now=True),
+    _one_of("state", ("open", "resent", "dropped")),
+    UniqueConstraint("stream", "entry_id"),
+)
