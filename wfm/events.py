@@ -150,6 +150,21 @@ ENTRANCES: dict[str, Role] = {
 }
 """Recipients of the events that no statechart emits."""
 
+
+class Message(Struct, frozen=True):
+    """An encoded event on its way to Redis.
+
+    Attributes:
+        type: names its stream. recipient: the role that reads it; empty for the public stream alone.
+        body: the JSON. id: of its ledger row; None for a pure wake-up, which the public stream does not show.
+    """
+
+    type: str
+    recipient: str
+    body: bytes
+    id: int | None = None
+
+
 _encoder = msgspec.json.Encoder()
 _decoders = {name: msgspec.json.Decoder(t) for name, t in TYPES.items()}
 

@@ -60,15 +60,11 @@ def _ref(name: str, target: str, *, null: bool = False, index: bool = False) -> 
 
 def _text(name: str, default: str | None = "") -> Column[str]:
     """A text column; ``default=None`` means that a value must be given."""
-    return Column(
-        name, Text, nullable=False, server_default=None if default is None else text(f"'{default}'")
-    )
+    return Column(name, Text, nullable=False, server_default=None if default is None else text(f"'{default}'"))
 
 
 def _time(name: str, *, now: bool = False) -> Column[object]:
-    return Column(
-        name, DateTime(timezone=True), nullable=not now, server_default=text("now()") if now else None
-    )
+    return Column(name, DateTime(timezone=True), nullable=not now, server_default=text("now()") if now else None)
 
 
 def _json(name: str, default: str = "{}") -> Column[object]:
@@ -193,9 +189,7 @@ physical_copy = Table(
     _ref("location_id", "data_location"),
     Column("package_id", BigInteger, ForeignKey("raw_data_package.id")),
     Column("product_id", BigInteger, ForeignKey("data_product.id")),
-    _text(
-        "path"
-    ),  # directory of a package's files, or a product's file; relative to the location's root, or absolute
+    _text("path"),  # directory of a package's files, or a product's file; relative to the location's root, or absolute
     _text("status", "present"),
     _time("created_at", now=True),
     _one_of(
@@ -229,9 +223,7 @@ physical_copy = Table(
 
 # --- what to do ---
 
-software = Table(
-    "software", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description")
-)
+software = Table("software", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description"))
 
 software_version = Table(
     "software_version",
@@ -248,9 +240,7 @@ software_version = Table(
     UniqueConstraint("software_id", "version"),
 )
 
-config = Table(
-    "config", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description")
-)
+config = Table("config", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description"))
 
 # Immutable: changed parameters make a new revision, the newest one counts.
 config_revision = Table(
@@ -312,17 +302,13 @@ reduction_step = Table(
     Column("cooldown_seconds", Double, nullable=False, server_default=text("0")),
     Column("retention_days", Double),  # None: kept for ever
     Column("final", Boolean, nullable=False),  # no other step depends on it
-    Column(
-        "active", Boolean, nullable=False, server_default=text("true")
-    ),  # False: no longer in the applied pipeline
+    Column("active", Boolean, nullable=False, server_default=text("true")),  # False: no longer in the applied pipeline
     _text("paused_by"),
     _text("paused_reason"),
     UniqueConstraint("pipeline_id", "name"),
     _one_of("version_policy", VersionPolicy),
     CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
-    CheckConstraint(
-        "max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"
-    ),
+    CheckConstraint("max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"),
 )
 
 step_dependency = Table(
@@ -343,9 +329,7 @@ unit = Table(
     _text("dims", None),
     _text("key", None),
     _json("values"),
-    Column(
-        "generation", BigInteger, nullable=False, server_default=text("0")
-    ),  # counts changes of the member set
+    Column("generation", BigInteger, nullable=False, server_default=text("0")),  # counts changes of the member set
     _digest("digest"),
     Column("members", BigInteger, nullable=False, server_default=text("0")),
     UniqueConstraint("pipeline_id", "dims", "key"),
@@ -390,6 +374,7 @@ coverage = Table(
     _text("wanted"),  # digest that a covering run must have
     _ref("run_id", "run", null=True),  # the accepted COMPLETED run
     _digest("result", null=True),  # the accepted result's term in the digest of units that depend on it
+    Column("requested", Boolean, nullable=False, server_default=text("false")),  # `wfm trigger` asked for it
     _time("due_at"),  # when the trigger-manager must look again
     _time("updated_at", now=True),
     _one_of("state", CoverageState),
@@ -409,6 +394,7 @@ run = Table(
     _ref("unit_id", "unit"),
     Column("generation", BigInteger, nullable=False),  # of the unit's member set: pins the raw inputs
     _text("wanted", None),
+    _digest("result"),  # this run's term in the digest of units that depend on it
     _ref("software_version_id", "software_version"),
     _ref("config_revision_id", "config_revision", null=True),
     Column("priority", Integer, nullable=False, server_default=text("0")),
@@ -419,9 +405,7 @@ run = Table(
     Column("version", Integer, nullable=False, server_default=text("1")),
     Column("chart_version", Integer, nullable=False),
     Column("attempt", Integer, nullable=False, server_default=text("1")),
-    Column(
-        "failures", Integer, nullable=False, server_default=text("0")
-    ),  # of the retries allowed, those used
+    Column("failures", Integer, nullable=False, server_default=text("0")),  # of the retries allowed, those used
     _time("due_at"),
     _time("look_again_at"),
     _text("waiting_for"),  # why an active run does not move: no free slot, held: disk, ...
@@ -446,13 +430,9 @@ run = Table(
     _one_of("state", RunState),
     CheckConstraint(f"(state IN ({_FINAL})) = (finished_at IS NOT NULL)", name="finished_at"),
     CheckConstraint("attempt >= 1 AND version >= 1 AND failures >= 0", name="counts"),
-    Index(
-        "uq_run_active", "step_id", "unit_id", unique=True, postgresql_where=text(f"state NOT IN ({_FINAL})")
-    ),
+    Index("uq_run_active", "step_id", "unit_id", unique=True, postgresql_where=text(f"state NOT IN ({_FINAL})")),
     Index("ix_run_wanted", "step_id", "unit_id", "wanted"),
-    Index(
-        "ix_run_state", "location_id", "state", "due_at", postgresql_where=text(f"state NOT IN ({_FINAL})")
-    ),
+    Index("ix_run_state", "location_id", "state", "due_at", postgresql_where=text(f"state NOT IN ({_FINAL})")),
 )
 
 # Which upstream results a run read; its raw inputs follow from its unit and generation.
@@ -497,9 +477,7 @@ event = Table(
     _time("done_at"),
     Column("txid", Xid8(), nullable=False, server_default=text("pg_current_xact_id()")),
     UniqueConstraint("run_id", "run_version", "type", "recipient"),
-    Index(
-        "ix_event_pending", "location_id", "recipient", "publish_at", postgresql_where=text("done_at IS NULL")
-    ),
+    Index("ix_event_pending", "location_id", "recipient", "publish_at", postgresql_where=text("done_at IS NULL")),
     Index("ix_event_txid", "txid", "id"),
 )
 
@@ -516,9 +494,7 @@ task = Table(
     _text("owner"),
     Column("epoch", Integer, nullable=False, server_default=text("0")),  # fencing: grows with every lease
     _time("lease_until"),
-    Column(
-        "tries", Integer, nullable=False, server_default=text("0")
-    ),  # leases that ended in an error or in silence
+    Column("tries", Integer, nullable=False, server_default=text("0")),  # leases that ended in an error or in silence
     _time("due_at", now=True),
     _json("payload"),
     _text("error"),
@@ -526,13 +502,9 @@ task = Table(
     _time("finished_at"),
     _one_of("state", ("ready", "leased", "done", "failed", "closed")),
     CheckConstraint("(state = 'leased') = (lease_until IS NOT NULL)", name="lease"),
-    Index(
-        "uq_task_run", "kind", "run_id", "attempt", unique=True, postgresql_where=text("run_id IS NOT NULL")
-    ),
+    Index("uq_task_run", "kind", "run_id", "attempt", unique=True, postgresql_where=text("run_id IS NOT NULL")),
     Index("uq_task_location", "kind", "location_id", unique=True, postgresql_where=text("run_id IS NULL")),
-    Index(
-        "ix_task_open", "location_id", "kind", "due_at", postgresql_where=text("state IN ('ready', 'leased')")
-    ),
+    Index("ix_task_open", "location_id", "kind", "due_at", postgresql_where=text("state IN ('ready', 'leased')")),
 )
 
 data_product = Table(

@@ -42,7 +42,8 @@ class Backend(Protocol):
     def submit(self, specs: Sequence[JobSpec]) -> Mapping[str, JobRef | Exception]:
         """Start or adopt jobs; by name, the job, or why not.
 
-        An `UnavailableError` means "not known whether it happened; ask again"; any other `WfmError` is a refusal for good.
+        An `UnavailableError` means "not known whether it happened; ask again"; any other `WfmError` is a refusal
+        for good.
         """
         ...
 

@@ -1,0 +1,199 @@
+"""What people do to pipelines and runs, each in one transaction, with their name and their reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from wfm.errors import NotFoundError, RefusedError
+from wfm.events import ENTRANCES, TYPES, DataArrived, Message, PipelineChanged
+from wfm.model import Actor, Role
+from wfm.roles import next_attempt
+from wfm.store import Move, RunRow, Tx
+
+
+class Moved(Struct, frozen=True):
+    """The runs that moved, as they are now, and why the others did not; by id."""
+
+    moved: Mapping[int, RunRow]
+    refused: Mapping[int, RefusedError]
+
+
+def _locked(tx: Tx, ids: Sequence[int]) -> dict[int, RunRow]:
+    runs = tx.lock_runs(ids)
+    missing = sorted(set(ids) - set(runs))
+    if missing:
+        raise NotFoundError(f"no such run: {', '.join(map(str, missing))}; see `wfm runs list`")
+    return runs
+
+
+def cancel_runs(tx: Tx, ids: Sequence[int], actor: Actor) -> Moved:
+    """Cancel runs. Those that may have a job are CANCELLED only when the backend confirms."""
+    message = f"cancelled by {actor.name}" + (f": {actor.reason}" if actor.reason else "")
+    runs = _locked(tx, ids)
+    return Moved(*tx.move([Move(r, "cancel", actor, sets={"message": message, "failure": ""}) for r in runs.values()]))
+
+
+def retry_runs(tx: Tx, ids: Sequence[int], actor: Actor) -> Moved:
+    """Begin another attempt of runs that FAILED or were CANCELLED, with all their retries.
+
+    Refused where another run of the same unit is on its way, or where the unit wants other inputs by now.
+    """
+    runs = _locked(tx, ids)
+    unfit = {
+        r.id: RefusedError(
+            f"run {r.id}: run {r.active} of the same unit is on its way"
+            if r.active
+            else f"run {r.id}: its inputs, version or config are no longer the newest; see `wfm why`"
+        )
+        for r in tx.all(
+            """
+            SELECT r.id, a.id AS active FROM run r
+            LEFT JOIN run a ON (a.step_id, a.unit_id) = (r.step_id, r.unit_id) AND a.id <> r.id AND a.finished_at IS NULL
+            LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (r.step_id, r.unit_id)
+            WHERE r.id = ANY(:ids) AND r.finished_at IS NOT NULL AND (a.id IS NOT NULL OR c.wanted IS DISTINCT FROM r.wanted)
+            """,
+            ids=list(ids),
+        )
+    }
+    moved, refused = tx.move(
+        [
+            Move(r, "retry", actor, sets={**next_attempt(r), "failures": 0, "failure": "", "message": ""})
+            for i, r in runs.items()
+            if i not in unfit
+        ]
+    )
+    return Moved(moved, {**unfit, **refused})
+
+
+def _pipeline(tx: Tx, name: str, step: str | None = None) -> Any:
+    rows = tx.all(
+        """
+        SELECT p.id, p.name, p.location_id, s.id AS step_id FROM pipeline p
+        LEFT JOIN reduction_step s ON s.pipeline_id = p.id AND s.active AND s.name = :step
+        WHERE p.name = :name AND p.deleted_at IS NULL
+        """,
+        name=name,
+        step=step or "",
+    )
+    if not rows:
+        raise NotFoundError(f"no such pipeline: {name!r}; see `wfm get pipeline`")
+    if step and rows[0].step_id is None:
+        raise NotFoundError(f"pipeline {name!r} has no step {step!r}; see `wfm get pipeline {name}`")
+    return rows[0]
+
+
+def _tell(tx: Tx, pipeline: Any, actor: Actor) -> None:
+    """Have the trigger-manager look at the pipeline, and the workflow-manager at what waits for it."""
+    event = PipelineChanged(pipeline=pipeline.name, pipeline_id=pipeline.id)
+    tx.emit(pipeline.location_id, event, ENTRANCES["pipeline.changed"], actor)
+
+
+def pause(tx: Tx, pipeline: str, step: str | None, actor: Actor) -> None:
+    """Start nothing new in a pipeline or a step; what runs goes on."""
+    _set_pause(tx, pipeline, step, actor, by=actor.name, reason=actor.reason)
+
+
+def resume(tx: Tx, pipeline: str, step: str | None, actor: Actor) -> None:
+    """Undo `pause`."""
+    _set_pause(tx, pipeline, step, actor, by="", reason="")
+
+
+def _set_pause(tx: Tx, pipeline: str, step: str | None, actor: Actor, *, by: str, reason: str) -> None:
+    row = _pipeline(tx, pipeline, step)
+    table, key = ("reduction_step", row.step_id) if step else ("pipeline", row.id)
+    tx.run(f"UPDATE {table} SET paused_by = :by, paused_reason = :reason WHERE id = :id", by=by, reason=reason, id=key)
+    _tell(tx, row, actor)
+
+
+def set_enabled(tx: Tx, pipeline: str, enabled: bool, actor: Actor) -> None:
+    """Enable or disable a pipeline."""
+    row = _pipeline(tx, pipeline)
+    tx.run("UPDATE pipeline SET enabled = :on WHERE id = :id", on=enabled, id=row.id)
+    _tell(tx, row, actor)
+
+
+def trigger(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Actor) -> int:
+    """Ask for the gaps of a pipeline (of a step, of a unit) to run now; returns how many (step, unit) were asked for.
+
+    A pipeline with trigger MANUAL runs only so. What is covered stays covered.
+    """
+    row = _pipeline(tx, pipeline, step)
+    asked = tx.run(
+        """
+        INSERT INTO coverage (step_id, unit_id, state, why, requested)
+        SELECT s.id, u.id, 'waiting', 'arrivals_not_sorted_yet', true
+        FROM reduction_step s JOIN unit u ON u.pipeline_id = s.pipeline_id AND u.dims = s.dims
+        WHERE s.pipeline_id = :pipeline AND s.active AND (:step = 0 OR s.id = :step) AND (:unit = '' OR u.key = :unit)
+        ORDER BY s.id, u.id ON CONFLICT (step_id, unit_id) DO UPDATE SET requested = true
+        """,
+        pipeline=row.id,
+        step=row.step_id or 0,
+        unit=unit or "",
+    )
+    if unit and not asked:
+        raise NotFoundError(f"pipeline {pipeline!r} has no unit {unit!r}; see `wfm why {pipeline}`")
+    _tell(tx, row, actor)
+    return asked
+
+
+def announce(tx: Tx, location_id: int, packages: Sequence[str], actor: Actor) -> None:
+    """Say again that packages have arrived."""
+    for name in packages:
+        tx.emit(location_id, DataArrived(raw_data_package=name), ENTRANCES["data.arrived"], actor)
+
+
+def republish(tx: Tx, location_id: int, ids: Sequence[int] | None = None) -> int:
+    """Publish pending events again now (all, or these); returns how many."""
+    rows = tx.all(
+        """
+        UPDATE event SET publish_at = now() + :later * interval '1 s', publishes = publishes + 1
+        WHERE location_id = :loc AND done_at IS NULL AND (:any OR id = ANY(:ids)) RETURNING id
+        """,
+        loc=location_id,
+        any=ids is None,
+        ids=list(ids or ()),
+        later=tx.republish_seconds,
+    )
+    tx.load_events([r.id for r in rows])
+    return len(rows)
+
+
+def resend_dead(tx: Tx, ids: Sequence[int], actor: Actor) -> int:
+    """Put dead letters back on their streams, as they were."""
+    rows = _dead(tx, ids, "resent", actor)
+    for r in rows:
+        kind = r.stream.rsplit(":", 1)[-1]
+        if kind not in TYPES:
+            raise RefusedError(f"dead letter {r.id}: no stream {kind!r} is known; drop it instead")
+        recipient = ENTRANCES.get(kind) or _recipient(tx, kind)
+        tx.outbox.append(Message(kind, recipient, bytes(r.body)))
+        if r.event_id is not None:
+            tx.run("UPDATE event SET done_at = NULL, failures = 0, publish_at = now() WHERE id = :id", id=r.event_id)
+    return len(rows)
+
+
+def drop_dead(tx: Tx, ids: Sequence[int], actor: Actor) -> int:
+    """Mark dead letters as dropped; their bytes stay."""
+    return len(_dead(tx, ids, "dropped", actor))
+
+
+def _dead(tx: Tx, ids: Sequence[int], state: str, actor: Actor) -> Sequence[Any]:
+    rows = tx.all(
+        "UPDATE dead_letter SET state = :state, actor = :actor WHERE id = ANY(:ids) AND state = 'open'"
+        " RETURNING id, stream, body, event_id",
+        state=state,
+        actor=actor.name,
+        ids=list(ids),
+    )
+    missing = sorted(set(ids) - {r.id for r in rows})
+    if missing:
+        raise NotFoundError(f"no open dead letter: {', '.join(map(str, missing))}; see `wfm events dead list`")
+    return rows
+
+
+def _recipient(tx: Tx, kind: str) -> Role | str:
+    emits = (e for s in tx.chart.states.values() for e in s.emits if e.event == kind)
+    return next((e.to for e in emits if e.to), "")

@@ -1,0 +1,223 @@
+"""Redis Streams, as carriers of hints.
+
+One stream for each event type with a recipient (``wfm:{<location>}:<type>``), with one consumer group (the recipient
+role); acknowledged entries are deleted, so a stream's length is its backlog. Beside them ``wfm:{<location>}:events``,
+capped, with a copy of everything for anybody. Needs no command newer than Redis 6.2; touches no key but ours.
+
+A random ``life`` key stands beside the streams: when it is gone, Redis was emptied and the ledger is published again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import redis
+from msgspec import Struct
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.retry import Retry
+
+from wfm.events import Message
+
+log = logging.getLogger(__name__)
+
+FIELD = b"event"
+
+__all__ = ["Bus", "Entry", "RedisError", "connect"]
+
+
+class Entry(Struct, frozen=True):
+    """One message as delivered. `deliveries` counts how often, where that is known (else 1)."""
+
+    stream: str
+    id: str
+    body: bytes
+    deliveries: int = 1
+
+    @property
+    def type(self) -> str:
+        """The event type that the stream carries."""
+        return self.stream.rsplit(":", 1)[-1]
+
+
+def connect(url: str, options: Mapping[str, Any], *, timeout: float = 10.0) -> redis.Redis:
+    """A client that never waits for ever and never repeats a command by itself: repetition is ours to decide."""
+    client: redis.Redis = redis.Redis.from_url(
+        url,
+        decode_responses=False,
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=Retry(NoBackoff(), 0),
+        **options,
+    )
+    return client
+
+
+class Bus:
+    """The streams of one location, as one consumer sees them.
+
+    Args:
+        client: a `connect`ed client; blocking reads take their own connection from its pool.
+        location_id: see above.
+        group: the role that reads. streams: the event types it reads.
+        public_length: about how many entries the public stream keeps.
+    """
+
+    def __init__(
+        self, client: redis.Redis, location_id: int, group: str = "", streams: Sequence[str] = (), *, public_length: int
+    ) -> None:
+        self.client = client
+        self.group = group
+        self.prefix = f"wfm:{{{location_id}}}:"
+        self.streams = [self.prefix + s for s in streams]
+        self.consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.public_length = public_length
+        self._claim_from = dict.fromkeys(self.streams, b"0-0")
+
+    # --- writing ---
+
+    def send(self, messages: Sequence[Message], done: Sequence[Entry] = ()) -> None:
+        """Publish, acknowledge and delete in one round trip."""
+        if not messages and not done:
+            return
+        pipe = self.client.pipeline(transaction=False)
+        by_stream: dict[str, list[str]] = {}
+        for entry in done:
+            by_stream.setdefault(entry.stream, []).append(entry.id)
+        for stream, ids in by_stream.items():
+            pipe.xack(stream, self.group, *ids)
+            pipe.xdel(stream, *ids)
+        for m in messages:
+            if m.recipient:
+                pipe.xadd(self.prefix + m.type, {FIELD: m.body})
+            if m.id is not None:
+                pipe.xadd(self.prefix + "events", {FIELD: m.body}, maxlen=self.public_length, approximate=True)
+        errors = [r for r in pipe.execute(raise_on_error=False) if isinstance(r, RedisError)]
+        if errors:
+            raise errors[0]
+
+    def backlog(self, kinds: Sequence[str]) -> dict[str, int]:
+        """The number of undone entries in the streams of these event types."""
+        pipe = self.client.pipeline(transaction=False)
+        for kind in kinds:
+            pipe.xlen(self.prefix + kind)
+        return dict(zip(kinds, pipe.execute(), strict=True))
+
+    # --- reading ---
+
+    def join(self) -> None:
+        """Make our groups where they are missing, from the beginning of the streams: older entries count too."""
+        for stream in self.streams:
+            try:
+                self.client.xgroup_create(stream, self.group, id="0", mkstream=True)
+            except ResponseError as e:
+                if not str(e).startswith("BUSYGROUP"):
+                    raise
+
+    def read(self, count: int, block_seconds: float) -> list[Entry]:
+        """New entries, waiting for some. A group that was destroyed is made again."""
+        return self._read(">", count, block_seconds)
+
+    def read_own_pending(self, count: int) -> list[Entry]:
+        """Entries delivered to us whose reply we may never have seen: read after every connection error."""
+        return self._read("0", count, None)
+
+    def _read(self, start: str, count: int, block_seconds: float | None) -> list[Entry]:
+        block = None if block_seconds is None else max(1, int(block_seconds * 1000))
+        try:
+            reply = self.client.xreadgroup(
+                self.group, self.consumer, dict.fromkeys(self.streams, start), count=count, block=block
+            )
+        except ResponseError as e:
+            if "NOGROUP" not in str(e):
+                raise
+            log.warning("consumer groups are gone (%s); making them again", e)
+            self.join()
+            return []
+        pairs = reply.items() if isinstance(reply, dict) else reply or ()
+        return [entry for stream, entries in pairs for entry in _entries(stream, entries)]
+
+    def claim_idle(self, min_idle_seconds: float, count: int) -> list[Entry]:
+        """Entries that others took and did not finish. Follows the server's cursor over several calls."""
+        claimed: list[Entry] = []
+        for stream in self.streams:
+            try:
+                reply = self.client.xautoclaim(
+                    stream,
+                    self.group,
+                    self.consumer,
+                    int(min_idle_seconds * 1000),
+                    start_id=self._claim_from[stream],
+                    count=count,
+                )
+            except ResponseError as e:
+                if "NOGROUP" not in str(e):
+                    raise
+                self.join()
+                continue
+            self._claim_from[stream] = reply[0]
+            entries = _entries(stream, reply[1])
+            if entries:
+                claimed.extend(self._with_deliveries(stream, entries))
+        return claimed
+
+    def _with_deliveries(self, stream: str, entries: list[Entry]) -> list[Entry]:
+        pending = self.client.xpending_range(
+            stream,
+            self.group,
+            min=entries[0].id,
+            max=entries[-1].id,
+            count=len(entries) * 4,
+            consumername=self.consumer,
+        )
+        counts = {p["message_id"].decode(): int(p["times_delivered"]) for p in pending}
+        return [Entry(e.stream, e.id, e.body, counts.get(e.id, 1)) for e in entries]
+
+    # --- upkeep ---
+
+    def life(self) -> tuple[str, bool]:
+        """The name of this Redis' present life, and whether we have just given it: then Redis was empty."""
+        key = self.prefix + "life"
+        fresh = uuid.uuid4().hex
+        pipe = self.client.pipeline(transaction=True)
+        pipe.set(key, fresh, nx=True)
+        pipe.get(key)
+        born, value = pipe.execute()
+        return value.decode(), bool(born)
+
+    def forget_consumers(self, idle_seconds: float = 3600.0) -> None:
+        """Delete consumers that hold nothing and have been silent for long.
+
+        Should one lose an entry by this, the ledger publishes it again.
+        """
+        for stream in self.streams:
+            for c in self.client.xinfo_consumers(stream, self.group):
+                if not c["pending"] and c["idle"] > idle_seconds * 1000:
+                    self.client.xgroup_delconsumer(stream, self.group, c["name"])
+
+    def leave(self) -> None:
+        """Take our name off the groups, unless we still hold entries (others will claim those)."""
+        for stream in self.streams:
+            mine = [c for c in self.client.xinfo_consumers(stream, self.group) if c["name"] == self.consumer.encode()]
+            if mine and not mine[0]["pending"]:
+                self.client.xgroup_delconsumer(stream, self.group, self.consumer)
+
+
+def _entries(stream: Any, raw: Any) -> list[Entry]:
+    """Entries of a reply. One whose body was deleted comes back empty (its form differs by server version): it is
+    handed on with an empty body, for the ledger to judge."""
+    name = stream.decode() if isinstance(stream, bytes) else str(stream)
+    if raw and isinstance(raw[0], list) and raw[0] and isinstance(raw[0][0], (list, tuple)):
+        raw = raw[0]  # RESP3 nests the entries once more
+    out = []
+    for item in raw or ():
+        if item is None or item[0] is None:
+            continue
+        fields = item[1] or {}
+        out.append(Entry(name, item[0].decode(), fields.get(FIELD, b"") if isinstance(fields, dict) else b""))
+    return out

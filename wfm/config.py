@@ -1,0 +1,386 @@
+"""Settings: files and the environment become one frozen `Settings`. Nothing else in wfm reads the environment.
+
+Where a setting comes from, the later source wins:
+
+1. ``settings.toml`` of this package, section ``[default]``, then the section that ``ENV_FOR_DYNACONF`` chooses;
+2. the site's file named by ``WFM_SETTINGS_FILE``, the same two sections;
+3. the variable ``CCAT_WORKFLOW_MANAGER_<NAME>`` or, shorter, ``WFM_<NAME>``. An empty variable counts as not set. A
+   secret may stand in a file named by ``<NAME>_FILE``. The database may also be given in parts, as
+   ``CCAT_OPS_DB_DATABASE_POSTGRESQL_{HOST,PORT,DATABASE,USER,PASSWORD}``.
+
+To add a setting, declare it in `Settings` (type, bounds, meaning, unit) and give its default in ``settings.toml``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, inspect
+
+from wfm.errors import ConfigError
+
+PREFIXES = ("CCAT_WORKFLOW_MANAGER_", "WFM_")
+DATABASE_PREFIX = "CCAT_OPS_DB_DATABASE_POSTGRESQL_"
+PARTS = ("HOST", "PORT", "DATABASE", "USER", "PASSWORD")
+ENVIRONMENTS = ("localdev", "staging", "production")
+SECTIONS = ("default", *ENVIRONMENTS)
+SHIPPED_FILE = Path(__file__).with_name("settings.toml")
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Count = Annotated[int, Meta(ge=1)]
+Amount = Annotated[float, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=1, le=65_535)]
+_ADDRESS = r"://([^/@]*@)?(\[[^\]]*\]|[^:/@]*)(:\d+)?([/?].*)?"
+PostgresUrl = Annotated[
+    str,
+    Meta(
+        pattern=rf"\A(postgres(ql)?(\+psycopg2)?{_ADDRESS})?\Z", title="postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+    ),
+]
+RedisUrl = Annotated[
+    str,
+    Meta(pattern=rf"\A((rediss?|unix){_ADDRESS})?\Z", title="a URL that begins with redis://, rediss:// or unix://"),
+]
+Namespace = Annotated[str, Meta(pattern=r"\A[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")]
+Identifier = Annotated[str, Meta(pattern=r"\A[a-z_][a-z0-9_]{0,62}\Z")]
+Host = Annotated[str, Meta(pattern=r"\A[^\s/?#@\[\]]+\Z")]
+
+
+def about(meaning: str, *, secret: bool = False) -> Meta:
+    """What a setting means, with its unit; a secret is never shown, and may be read from a file."""
+    return Meta(description=meaning, extra={"secret": True} if secret else None)
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """All settings of one process. Fields without a default here are settings, with their default in ``settings.toml``.
+
+    Attributes:
+        env: the section in use: localdev, staging or production.
+        embedded: no server is configured, so wfm runs its own; `with_servers` then says where they are.
+        warnings: what is worth telling the user although it stops nothing.
+        sources: for each setting, where its value comes from.
+    """
+
+    home: Annotated[Path, about("directory of the state of `wfm up`; relative to the working directory")]
+
+    hpc_backend: Annotated[Literal["local", "slurm", "kubernetes"], about("what runs jobs")]
+    runtime: Annotated[Literal["none", "apptainer"], about("how local and Slurm jobs run their software")]
+    pipeline_base_dir: Annotated[Path, about("root of the attempt directories, shared with the jobs")]
+    sif_cache_dir: Annotated[Path, about("directory of the Apptainer images")]
+    processing_location_id: Annotated[Count, about("id of the processing location that this deployment serves")]
+    k8s_namespace: Annotated[Namespace, about("Kubernetes namespace of the jobs")]
+    slurm_partition: Annotated[str, about("Slurm partition; empty: the cluster's default")]
+    local_cpu: Annotated[Amount, about("cores that local jobs share; 0: all of this machine")]
+    local_memory_gb: Annotated[Amount, about("memory that local jobs share, in 10^9 bytes; 0: all of this machine")]
+
+    database_url: Annotated[PostgresUrl, about("Postgres database; empty: embedded servers", secret=True)]
+    database_schema: Annotated[Identifier, about("Postgres schema that holds all tables of wfm")]
+    redis_url: Annotated[RedisUrl, about("Redis server; replaces redis_host to redis_tls", secret=True)]
+    redis_host: Annotated[Host, about("host name or address of Redis")]
+    redis_port: Annotated[Port, about("TCP port of Redis")]
+    redis_username: Annotated[str, about("ACL user of Redis; empty: the default user")]
+    redis_password: Annotated[str, about("password of the Redis user; empty: none", secret=True)]
+    redis_db: Annotated[int, Meta(ge=0), about("number of the Redis database")]
+    redis_tls: Annotated[bool, about("speak TLS with Redis")]
+    redis_tls_ca_file: Annotated[str, about("PEM file of the authority that Redis is checked against")]
+    redis_tls_cert_file: Annotated[str, about("PEM file of the client certificate for Redis")]
+    redis_tls_key_file: Annotated[str, about("PEM file of the key of the client certificate")]
+
+    lease_seconds: Annotated[Seconds, about("s that a worker holds a task without renewing it")]
+    claim_idle_seconds: Annotated[Seconds, about("s until a message that its reader left is taken over")]
+    republish_seconds: Annotated[Seconds, about("s until an event that is still pending is published again")]
+    reconcile_seconds: Annotated[Seconds, about("s between two full comparisons with the catalogue")]
+    sweep_seconds: Annotated[Seconds, about("s between two looks for rows that are due")]
+    block_seconds: Annotated[Seconds, about("s that one read waits for messages")]
+    batch_size: Annotated[int, Meta(ge=1, le=1000), about("messages handled in one transaction, at most")]
+    stream_high_water: Annotated[Count, about("messages in a command stream above which re-publishing waits")]
+    public_stream_max_length: Annotated[Count, about("messages kept in the public stream `events`, about")]
+    max_deliveries: Annotated[Count, about("deliveries of a message before it goes to the dead letters")]
+
+    max_in_flight: Annotated[Count, about("runs between admission and collection at one time")]
+    max_task_tries: Annotated[Count, about("tries of a task (stage, submit, collect) before its run fails")]
+    retry_backoff_seconds: Annotated[Seconds, about("s before the first retry of a run; doubles with each")]
+    retry_backoff_max_seconds: Annotated[Seconds, about("s before any retry, at most")]
+    vanish_grace_seconds: Annotated[Seconds, about("s that a job may be missing before it counts as vanished")]
+    poll_seconds: Annotated[Seconds, about("s between two looks at local jobs, while they are young")]
+    poll_max_seconds: Annotated[Seconds, about("s between two looks at local jobs, at most")]
+    staging_mode: Annotated[Literal["auto", "link", "reflink", "copy"], about("how inputs reach a job")]
+    staging_reserve_gb: Annotated[Amount, about("disk space that staging leaves free, in 10^9 bytes")]
+
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], about("least severity that is logged")]
+
+    env: str = "localdev"
+    embedded: bool = False
+    warnings: tuple[str, ...] = ()
+    sources: Mapping[str, str] = {}
+
+    def with_servers(self, database_url: str, redis_url: str) -> Settings:
+        """The same settings with the addresses of the embedded servers."""
+        urls = {"database_url": _with_driver(database_url), "redis_url": redis_url}
+        return msgspec.structs.replace(self, **urls, sources={**self.sources, **dict.fromkeys(urls, "embedded")})
+
+    def redis_address(self) -> tuple[str, dict[str, Any]]:
+        """The URL and the keyword arguments (login, TLS files) for `redis.Redis.from_url`."""
+        url, options = self.redis_url, {}
+        if not url:
+            host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
+            url = f"{'rediss' if self.redis_tls else 'redis'}://{host}:{self.redis_port}/{self.redis_db}"
+            options = {"username": self.redis_username, "password": self.redis_password}
+        if url.startswith("rediss://"):
+            options["ssl_ca_certs"] = self.redis_tls_ca_file
+            options["ssl_certfile"] = self.redis_tls_cert_file
+            options["ssl_keyfile"] = self.redis_tls_key_file
+        return url, {name: value for name, value in options.items() if value}
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """Name, value and source of every setting, with secrets hidden."""
+        return [(n, _shown(n, getattr(self, n)), self.sources.get(n, "")) for n in ("env", *SETTINGS)]
+
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value, _ in self.describe()]
+
+
+SETTINGS: Mapping[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings) if field.required}
+"""Name and type of every setting."""
+SECRETS = frozenset(name for name, kind in SETTINGS.items() if getattr(inspect.type_info(kind), "extra", None))
+
+
+def load(environ: Mapping[str, str] | None = None, files: Sequence[Path] = ()) -> Settings:
+    """Read, check and freeze the settings.
+
+    Args:
+        environ: environment variables; those of the process if None.
+        files: further settings files; they win over the site's file, a later one over an earlier one.
+
+    Raises:
+        ConfigError: with every fault found in the environment and in the files.
+    """
+    environ = os.environ if environ is None else environ
+    faults: list[str] = []
+    env = environ.get("ENV_FOR_DYNACONF", "").lower() or "localdev"
+    if env not in ENVIRONMENTS:
+        faults.append(f"ENV_FOR_DYNACONF = {env!r}: allowed is {_one_of(ENVIRONMENTS, env)}")
+    site = _pick("SETTINGS_FILE", PREFIXES, environ, faults)
+    given = _given(environ, faults)
+    values, sources = _layer(env, [*([Path(site[1])] if site else []), *files], given, faults)
+    faults += _contradictions(env, values, sources)
+    if faults:
+        raise ConfigError(faults)
+
+    home = values["home"].absolute()
+    for name, value in values.items():
+        if isinstance(value, Path):
+            values[name] = Path(str(value).replace("{home}", str(home))).absolute()
+    values["database_url"] = _with_driver(values["database_url"])
+    sources["env"] = "ENV_FOR_DYNACONF" if environ.get("ENV_FOR_DYNACONF") else "default"
+    warnings = tuple(_unknown_variables(environ))
+    return Settings(**values, env=env, embedded=not values["database_url"], warnings=warnings, sources=sources)
+
+
+def _given(environ: Mapping[str, str], faults: list[str]) -> dict[str, tuple[str, str]]:
+    """What the environment sets: name → (variable, text)."""
+    given = {
+        name: picked
+        for name in SETTINGS
+        if (picked := _pick(name.upper(), PREFIXES, environ, faults, secret=name in SECRETS))
+    }
+    parts = {
+        part: picked[1]
+        for part in PARTS
+        if (picked := _pick(part, [DATABASE_PREFIX], environ, faults, secret=part == "PASSWORD"))
+    }
+    if parts:
+        variable, url = f"{DATABASE_PREFIX}*", _composed(parts, faults)
+        if "database_url" in given and _with_driver(given["database_url"][1]) != url:
+            faults.append(f"{given['database_url'][0]} and {variable} differ: set only one of them")
+        given["database_url"] = variable, url
+    return given
+
+
+def _pick(
+    name: str, prefixes: Sequence[str], environ: Mapping[str, str], faults: list[str], *, secret: bool = False
+) -> tuple[str, str] | None:
+    """The variable that gives `name`, and its text; for a secret also the file that ``<variable>_FILE`` names."""
+    found = {}
+    for variable in (prefix + name for prefix in prefixes):
+        if text := environ.get(variable):
+            found[variable] = text
+        if secret and (path := environ.get(f"{variable}_FILE")):
+            try:
+                text = Path(path).read_text("utf-8").rstrip("\r\n")
+            except (OSError, UnicodeError):
+                text = ""
+            if text:
+                found[f"{variable}_FILE"] = text
+            else:  # A password that stands here by mistake must not reach a log.
+                shown = repr(path) if path.startswith("/") else "***"
+                faults.append(f"{variable}_FILE = {shown}: allowed is the path of a readable file with the secret")
+    if len(set(found.values())) > 1:
+        faults.append(f"{' and '.join(found)} differ: set only one of them")
+    return next(iter(found.items()), None)
+
+
+def _composed(parts: Mapping[str, str], faults: list[str]) -> str:
+    """The database URL made of its parts. A HOST that is a directory holds the Unix socket of the server."""
+    from sqlalchemy.engine import URL
+
+    if missing := [DATABASE_PREFIX + part for part in ("HOST", "DATABASE", "USER") if part not in parts]:
+        faults.append(f"{', '.join(missing)}: missing, needed beside {DATABASE_PREFIX}{', '.join(parts)}")
+    host = parts.get("HOST", "")
+    port = _checked(f"{DATABASE_PREFIX}PORT", SETTINGS["redis_port"], parts.get("PORT", 5432), faults)
+    by_socket = host.startswith("/")
+    return URL.create(
+        "postgresql+psycopg2",
+        username=parts.get("USER"),
+        password=parts.get("PASSWORD"),
+        host=None if by_socket else host,
+        port=None if by_socket else port,
+        database=parts.get("DATABASE"),
+        query={"host": host, "port": str(port)} if by_socket else {},
+    ).render_as_string(hide_password=False)
+
+
+def _layer(
+    env: str, files: Sequence[Path], given: Mapping[str, tuple[str, str]], faults: list[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Value and source of every setting after all layers; a faulty setting has a source only."""
+    from dynaconf import Dynaconf, get_history
+    from dynaconf.loaders.base import SourceMetadata
+
+    # dynaconf layers and remembers, but does not read: its readers would make numbers of passwords, expand
+    # "@…" in them, and run a dynaconf_hooks.py that lies beside a settings file.
+    layers = Dynaconf(loaders=[], auto_cast=False)
+    for path in (SHIPPED_FILE, *(file.absolute() for file in files)):
+        sections = _read(path, faults)
+        for section in ("default", env):
+            source = "default" if path == SHIPPED_FILE else f"{path} [{section}]"
+            layers.update(sections.get(section), loader_identifier=SourceMetadata("file", source, section))
+    for name, (variable, text) in given.items():
+        layers.update({name: text}, loader_identifier=SourceMetadata("environment", variable))
+
+    sources = {name: get_history(layers, name)[-1]["identifier"] for name in SETTINGS}
+    checked = {
+        name: _checked(f"{name} (from {sources[name]})", kind, layers[name], faults, secret=name in SECRETS)
+        for name, kind in SETTINGS.items()
+    }
+    return {name: value for name, value in checked.items() if value is not None}, sources
+
+
+def _checked(label: str, kind: Any, value: object, faults: list[str], *, secret: bool = False) -> Any:
+    """`value` in the type of a setting; None and a fault if it is not allowed."""
+    try:
+        return msgspec.convert(value, kind, strict=False, dec_hook=_path)
+    except msgspec.ValidationError:
+        faults.append(f"{label} = {'***' if secret else repr(value)}: allowed is {_allowed(kind, value)}")
+        return None
+
+
+def _path(_: type, value: object) -> Path:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return Path(os.path.expanduser(value))
+
+
+def _allowed(kind: Any, value: object) -> str:
+    """What a setting takes, in words."""
+    info = inspect.type_info(kind)
+    assert isinstance(info, inspect.Metadata), "about() is missing"
+    match info.type:
+        case inspect.LiteralType(values=choices):
+            return _one_of([str(choice) for choice in choices], str(value))
+        case inspect.BoolType():
+            return "true or false"
+        case (inspect.IntType() | inspect.FloatType()) as number:
+            limits = {"above": number.gt, "from": number.ge, "up to": number.le}
+            noun = "a whole number" if isinstance(number, inspect.IntType) else "a number"
+            return " ".join([noun, *(f"{word} {limit}" for word, limit in limits.items() if limit is not None)])
+        case inspect.StrType(pattern=pattern):
+            return (info.extra_json_schema or {}).get("title") or f"text {pattern or ''}"
+    return "a path"
+
+
+def _read(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
+    """The sections of a settings file, all of them checked for unknown names."""
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        faults.append(f"{path}: cannot be read: {error}")
+        return {}
+    sections: dict[str, dict[str, Any]] = {}
+    for section, table in document.items():
+        if section not in SECTIONS or not isinstance(table, dict):
+            faults.append(f"{path}: {section}: allowed is {_one_of(SECTIONS, section)}")
+            continue
+        sections[section] = {name.lower(): value for name, value in table.items()}
+        unknown = [name for name in table if name.lower() not in SETTINGS]
+        faults += [f"{path} [{section}]: unknown setting {name}{_nearest(name, SETTINGS)}" for name in unknown]
+    return sections
+
+
+def _contradictions(env: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> Iterator[str]:
+    """Faults between settings. One that is missing in `values` is faulty by itself and judged no further."""
+    for low, high in (("retry_backoff_seconds", "retry_backoff_max_seconds"), ("poll_seconds", "poll_max_seconds")):
+        if low in values and high in values and values[low] > values[high]:
+            yield f"{low} = {values[low]}: allowed is at most {high} = {values[high]}"
+
+    files = {name: values[name] for name in SETTINGS if name.startswith("redis_tls_") and values.get(name)}
+    if "redis_url" in values and "redis_tls" in values:
+        url, tls = values["redis_url"], values["redis_tls"]
+        asking = ["redis_tls", *files] if tls else [*files]
+        if asking and not (url.startswith("rediss://") if url else tls):
+            yield f"{', '.join(asking)} set, but no TLS: set redis_tls = true, or a redis_url that begins with rediss://"
+    if ("redis_tls_cert_file" in files) != ("redis_tls_key_file" in files):
+        yield "redis_tls_cert_file and redis_tls_key_file: set both or none"
+    for name, path in files.items():
+        if not Path(path).is_file():
+            yield f"{name} = {path!r}: no such file"
+
+    if values.get("database_url") == "":
+        redis = [name for name in SETTINGS if name.startswith("redis_") and sources[name] != "default"]
+        if redis or env in ("staging", "production"):
+            because = f"{', '.join(redis)} is set" if redis else f"{env} has no embedded servers"
+            yield f"the database is missing ({because}): set WFM_DATABASE_URL or {DATABASE_PREFIX}{{{','.join(PARTS)}}}"
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each variable that bears a prefix of ours and means nothing."""
+    known = {name.upper() for name in SETTINGS} | {f"{name.upper()}_FILE" for name in SECRETS} | {"SETTINGS_FILE"}
+    for prefix in PREFIXES:
+        for variable in sorted(environ):
+            name = variable.removeprefix(prefix)
+            if name != variable and name not in known and not name.startswith("TEST_"):
+                yield f"{variable} is not a setting and is ignored{_nearest(name, known, prefix)}"
+
+
+def _one_of(words: Iterable[str], wrong: str) -> str:
+    return f"one of {', '.join(words)}{_nearest(wrong, words)}"
+
+
+def _nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
+    by_lower = {candidate.lower(): candidate for candidate in words}
+    close = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{by_lower[close[0]]}?" if close else ""
+
+
+def _with_driver(url: str) -> str:
+    """SQLAlchemy's default driver depends on its version; ours does not."""
+    return re.sub(r"\Apostgres(ql)?://", "postgresql+psycopg2://", url)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value as people may see it: no password, and truth as it is written in a file."""
+    if name not in SECRETS:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if not name.endswith("_url"):
+        return "***" if value else ""
+    return re.sub(r"(://[^:/?#@]*:).*(?=@)|(password=)[^&]*", r"\1\2***", value, flags=re.IGNORECASE)

@@ -1,0 +1,534 @@
+"""The gap engine: packages into units, units into coverage, gaps into runs.
+
+Truth is level-triggered: what must run is derived from the catalogue and from coverage, never from the order of
+messages. An event only says where to look first. Three functions, all set-based, all repeatable:
+
+* `fold` brings the member sets of units up to date for some packages;
+* `evaluate` decides for some (step, unit) pairs what coverage says, and turns gaps into runs;
+* `pairs_below` names the pairs that depend on others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from wfm import grouping
+from wfm.decide import (
+    DIGEST_MODULUS,
+    ActiveRun,
+    EndedRun,
+    GapDecision,
+    GapFacts,
+    SoftwareVersion,
+    Upstream,
+    choose_version,
+    gap,
+    set_digest,
+    wanted_digest,
+)
+from wfm.model import FINAL_STATES, Actor, CoverageState, Resources, RunState, TriggerType, VersionPolicy
+from wfm.store import WITHDRAWN, Move, Tx, encode, result_hash
+
+Pair = tuple[int, int]
+"""(step id, unit id)"""
+
+CHUNK = 1000
+
+
+# --- fold ---
+
+
+class _Step(Struct, frozen=True):
+    id: int
+    dims: str
+    group_by: list[str]
+
+
+class _Pipeline(Struct, frozen=True):
+    id: int
+    rules: list[Any]
+    steps: list[_Step]
+    nested: list[tuple[str, str]]
+    """(finer, coarser) dims of steps that depend on each other."""
+
+
+def fold(tx: Tx, location_id: int, packages: Collection[int], pipelines: Collection[int] | None = None) -> set[Pair]:
+    """Bring the member sets of units up to date for these packages.
+
+    Args:
+        location_id: pipelines of this processing location are looked at; `pipelines` narrows them further.
+        packages: ids; new, changed and vanished ones alike.
+
+    Returns:
+        the pairs whose unit changed.
+    """
+    touched: set[Pair] = set()
+    ids = sorted(packages)
+    if not ids:
+        return touched
+    for pipeline in _pipelines(tx, location_id, pipelines):
+        unit_of: dict[str, dict[int, int]] = {}
+        shrunk: set[int] = set()
+        for dims, group_by in {s.dims: s.group_by for s in pipeline.steps}.items():
+            members, changed, lost = _fold_dims(tx, pipeline, dims, group_by, ids)
+            unit_of[dims] = members
+            shrunk |= lost
+            touched |= {(s.id, u) for s in pipeline.steps if s.dims == dims for u in changed}
+        _fold_edges(tx, pipeline.nested, unit_of, shrunk)
+    return touched
+
+
+def _pipelines(tx: Tx, location_id: int, ids: Collection[int] | None) -> list[_Pipeline]:
+    rows = tx.all(
+        """
+        SELECT p.id, g.rules, s.id AS step_id, s.dims, s.group_by,
+            (SELECT array_agg(u.dims) FROM step_dependency d JOIN reduction_step u ON u.id = d.upstream_id
+             WHERE d.step_id = s.id AND u.dims <> s.dims) AS finer
+        FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id JOIN reduction_step s ON s.pipeline_id = p.id
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND (:any OR p.id = ANY(:ids))
+        ORDER BY p.id, s.position
+        """,
+        loc=location_id,
+        any=ids is None,
+        ids=list(ids or ()),
+    )
+    found: dict[int, _Pipeline] = {}
+    for r in rows:
+        p = found.setdefault(r.id, _Pipeline(r.id, r.rules, [], []))
+        p.steps.append(_Step(r.step_id, r.dims, r.group_by))
+        p.nested.extend((finer, r.dims) for finer in r.finer or ())
+    return list(found.values())
+
+
+def _fold_dims(
+    tx: Tx, pipeline: _Pipeline, dims: str, group_by: Sequence[str], ids: Sequence[int]
+) -> tuple[dict[int, int], set[int], set[int]]:
+    """One member set per unit of these dimensions.
+
+    Returns:
+        the unit of each matching package; units that changed; units that lost a member.
+    """
+    names = sorted(group_by)
+    rules = grouping.rules_from(pipeline.rules)
+    target: dict[int, tuple[str, int]] = {}
+    values: dict[str, dict[str, str | None]] = {}
+    for row in tx.conn.execute(grouping.select_packages(rules, names, package_ids=ids)):
+        unit_values = dict(zip(names, row[2:], strict=True))
+        key = grouping.unit_key(unit_values)
+        values[key] = unit_values
+        target[row[0]] = (key, int(row[1]))
+
+    tx.run(
+        """
+        INSERT INTO unit (pipeline_id, dims, key, "values")
+        SELECT :pipeline, :dims, key, vals FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS u(key text, vals jsonb)
+        ORDER BY key ON CONFLICT DO NOTHING
+        """,
+        pipeline=pipeline.id,
+        dims=dims,
+        rows=encode([{"key": k, "vals": v} for k, v in values.items()]),
+    )
+    # Lock before looking: another trigger-manager may be folding the same packages.
+    units = {
+        u.key: u
+        for u in tx.all(
+            """
+            SELECT id, key, digest, members, generation FROM unit WHERE pipeline_id = :pipeline AND dims = :dims
+                AND (key = ANY(:keys) OR id IN (SELECT unit_id FROM unit_member
+                    WHERE package_id = ANY(:ids) AND removed IS NULL))
+            ORDER BY id FOR NO KEY UPDATE
+            """,
+            pipeline=pipeline.id,
+            dims=dims,
+            keys=list(values),
+            ids=list(ids),
+        )
+    }
+    by_id = {u.id: u for u in units.values()}
+    added: dict[int, dict[int, int]] = defaultdict(dict)
+    removed: dict[int, dict[int, int]] = defaultdict(dict)
+    here = {
+        (m.package_id, m.unit_id): int(m.item)
+        for m in tx.all(
+            "SELECT package_id, unit_id, item FROM unit_member"
+            " WHERE package_id = ANY(:ids) AND unit_id = ANY(:units) AND removed IS NULL",
+            ids=list(ids),
+            units=list(by_id),
+        )
+    }
+    for (package, unit), item in here.items():
+        wanted = target.get(package)
+        if wanted is None or units[wanted[0]].id != unit or wanted[1] != item:
+            removed[unit][package] = item
+    for package, (key, item) in target.items():
+        unit = units[key].id
+        if here.get((package, unit)) != item:
+            added[unit][package] = item
+    changed = set(added) | set(removed)
+    if changed:
+        tx.run(
+            """
+            UPDATE unit u SET generation = c.generation, digest = c.digest, members = c.members
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+                AS c(id bigint, generation bigint, digest numeric, members bigint)
+            WHERE u.id = c.id
+            """,
+            rows=encode(
+                [
+                    {
+                        "id": u,
+                        "generation": by_id[u].generation + 1,
+                        "digest": str(
+                            (int(by_id[u].digest) + set_digest(added[u].values()) - set_digest(removed[u].values()))
+                            % DIGEST_MODULUS
+                        ),
+                        "members": by_id[u].members + len(added[u]) - len(removed[u]),
+                    }
+                    for u in sorted(changed)
+                ]
+            ),
+        )
+        tx.run(
+            """
+            UPDATE unit_member m SET removed = u.generation FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
+                AS g(unit bigint, package bigint)
+            WHERE m.unit_id = g.unit AND m.package_id = g.package AND m.removed IS NULL AND u.id = g.unit
+            """,
+            rows=encode([{"unit": u, "package": p} for u, gone in removed.items() for p in gone]),
+        )
+        tx.run(
+            """
+            INSERT INTO unit_member (unit_id, package_id, added, item)
+            SELECT g.unit, g.package, u.generation, g.item FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
+                AS g(unit bigint, package bigint, item numeric)
+            WHERE u.id = g.unit
+            """,
+            rows=encode(
+                [{"unit": u, "package": p, "item": str(i)} for u, new in added.items() for p, i in new.items()]
+            ),
+        )
+    return {p: units[key].id for p, (key, _) in target.items()}, changed, set(removed)
+
+
+def _fold_edges(
+    tx: Tx, nested: Sequence[tuple[str, str]], unit_of: Mapping[str, Mapping[int, int]], shrunk: set[int]
+) -> None:
+    edges = {(unit_of[coarse][package], unit) for fine, coarse in nested for package, unit in unit_of[fine].items()}
+    if edges:
+        tx.run(
+            """
+            INSERT INTO unit_edge (upper_id, lower_id)
+            SELECT * FROM unnest(CAST(:upper AS bigint[]), CAST(:lower AS bigint[])) ON CONFLICT DO NOTHING
+            """,
+            upper=[e[0] for e in sorted(edges)],
+            lower=[e[1] for e in sorted(edges)],
+        )
+    if shrunk:
+        tx.run(
+            """
+            DELETE FROM unit_edge e WHERE (lower_id = ANY(:units) OR upper_id = ANY(:units)) AND NOT EXISTS (
+                SELECT 1 FROM unit_member l JOIN unit_member u ON u.package_id = l.package_id
+                WHERE l.unit_id = e.lower_id AND u.unit_id = e.upper_id AND l.removed IS NULL AND u.removed IS NULL)
+            """,
+            units=sorted(shrunk),
+        )
+
+
+# --- evaluate ---
+
+
+class Evaluated(Struct):
+    """What an evaluation did: runs made, runs withdrawn, pairs whose coverage changed."""
+
+    runs: list[int] = []
+    withdrawn: list[int] = []
+    changed: int = 0
+
+
+def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor) -> Evaluated:
+    """Decide for each pair what coverage says, start the runs that follow, and go on to what depends on them."""
+    done = Evaluated()
+    positions = {r.id: r.position for r in tx.all("SELECT id, position FROM reduction_step")}
+    waiting: dict[int, set[Pair]] = defaultdict(set)
+    for pair in pairs:
+        waiting[positions[pair[0]]].add(pair)
+    # Steps in topological order: what a step decides is seen by those that depend on it.
+    while waiting:
+        wave = sorted(waiting.pop(min(waiting)))
+        for start in range(0, len(wave), CHUNK):
+            changed = _evaluate(tx, wave[start : start + CHUNK], actor, done)
+            done.changed += len(changed)
+            for pair in pairs_below(tx, changed):
+                waiting[positions[pair[0]]].add(pair)
+    return done
+
+
+def pairs_below(tx: Tx, pairs: Collection[Pair]) -> set[Pair]:
+    """The pairs that read the results of these."""
+    if not pairs:
+        return set()
+    rows = tx.all(
+        """
+        SELECT DISTINCT d.step_id, CASE WHEN ds.dims = us.dims THEN q.unit_id ELSE e.upper_id END AS unit_id
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
+        JOIN step_dependency d ON d.upstream_id = q.step_id
+        JOIN reduction_step us ON us.id = d.upstream_id JOIN reduction_step ds ON ds.id = d.step_id
+        LEFT JOIN unit_edge e ON e.lower_id = q.unit_id AND ds.dims <> us.dims
+        LEFT JOIN unit u ON u.id = e.upper_id
+        WHERE ds.dims = us.dims OR u.dims = ds.dims
+        """,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
+    )
+    return {(r.step_id, r.unit_id) for r in rows}
+
+
+def _evaluate(tx: Tx, pairs: Sequence[Pair], actor: Actor, done: Evaluated) -> list[Pair]:
+    tx.run(
+        """
+        INSERT INTO coverage (step_id, unit_id, state, why)
+        SELECT s, u, 'waiting', 'arrivals_not_sorted_yet'
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u) ORDER BY s, u ON CONFLICT DO NOTHING
+        """,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
+    )
+    facts = _facts(tx, pairs)
+    decisions = {pair: gap(f.facts) for pair, f in facts.items()}
+    starting = [pair for pair, d in decisions.items() if d.run]
+    for pair, names in _without_copies(tx, starting).items():
+        decisions[pair] = gap(msgspec.structs.replace(facts[pair].facts, missing_copies=names))
+    _withdraw(tx, [d.withdraw for d in decisions.values() if d.withdraw], actor, done)
+    made: dict[Pair, int] = {}
+    by_reason: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for pair, d in decisions.items():
+        if d.run:
+            by_reason[facts[pair].cause].append(facts[pair].new_run)
+    for cause, rows in by_reason.items():
+        made |= tx.create_runs(rows, Actor(actor.name, cause))
+    done.runs.extend(made.values())
+    return _write(tx, facts, decisions, made)
+
+
+def _withdraw(tx: Tx, ids: Sequence[int], actor: Actor, done: Evaluated) -> None:
+    reason = "newer input, version or config arrived before it started"
+    runs = tx.lock_runs(ids, coverage=False)
+    moved, _ = tx.move(
+        [
+            Move(r, "withdraw", Actor(actor.name, reason), sets={"failure": WITHDRAWN, "message": reason})
+            for r in runs.values()
+        ]
+    )
+    done.withdrawn.extend(moved)
+
+
+def _write(
+    tx: Tx, facts: Mapping[Pair, _Situation], decisions: Mapping[Pair, GapDecision], made: Mapping[Pair, int]
+) -> list[Pair]:
+    rows = tx.all(
+        """
+        UPDATE coverage c SET state = d.state, why = d.why, reason = d.reason, wanted = d.wanted,
+            run_id = coalesce(d.covered_by, c.run_id), result = coalesce(r.result, c.result),
+            requested = c.requested AND NOT d.settled, due_at = now() + d.due_in * interval '1 s', updated_at = now()
+        FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
+            reason text, wanted text, covered_by bigint, settled boolean, due_in float8)
+            LEFT JOIN run r ON r.id = d.covered_by
+        WHERE (c.step_id, c.unit_id) = (d.step_id, d.unit_id) AND (d.due_in IS NOT NULL
+            OR (c.state, c.why, c.reason, c.wanted, c.run_id, c.due_at IS NULL) IS DISTINCT FROM
+               (d.state, d.why, d.reason, d.wanted, coalesce(d.covered_by, c.run_id), true)
+            OR (c.requested AND d.settled))
+        RETURNING c.step_id, c.unit_id
+        """,
+        rows=encode(
+            [
+                {
+                    "step_id": pair[0],
+                    "unit_id": pair[1],
+                    "state": d.state,
+                    "why": d.why,
+                    "reason": f"run {made[pair]}" if pair in made else d.reason,
+                    "wanted": facts[pair].facts.wanted,
+                    "covered_by": d.covered_by,
+                    "settled": d.run or d.state is CoverageState.COVERED,
+                    "due_in": d.due_in,
+                }
+                for pair, d in decisions.items()
+            ]
+        ),
+    )
+    return [(r.step_id, r.unit_id) for r in rows]
+
+
+class _Situation(Struct, frozen=True):
+    """The facts of one pair, and the run that would follow from them."""
+
+    facts: GapFacts
+    cause: str
+    new_run: dict[str, Any]
+
+
+def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
+    """Everything `decide.gap` looks at, in three statements; locks the coverage rows."""
+    final = "('" + "','".join(sorted(FINAL_STATES)) + "')"
+    rows = tx.all(
+        f"""
+        WITH q AS MATERIALIZED (
+            SELECT c.step_id, c.unit_id, c.requested, c.run_id FROM coverage c
+            JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
+                ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
+            ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c)
+        SELECT q.step_id, q.unit_id, q.requested, s.name AS step, s.active AS step_active, s.version_policy,
+            s.version AS named_version, s.software_id, sw.name AS software, s.resources, s.cooldown_seconds,
+            s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
+            p.id AS pipeline_id, p.location_id, p.priority, p.enabled AND p.deleted_at IS NULL AS enabled,
+            p.paused_by, p.paused_reason, p.trigger_type,
+            u.key AS unit, u.members, u.digest, u.generation, cr.id AS config_id, coalesce(cr.hash, '') AS config_hash,
+            a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
+            prev.software_version_id AS prev_version_id, prev.config_revision_id AS prev_config_id, prev.id AS prev_id,
+            extract(epoch FROM now() - (SELECT max(created_at) FROM run r
+                WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id)))::float AS since_last_run,
+            up.steps AS upstream
+        FROM q JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
+        JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
+        LEFT JOIN run prev ON prev.id = q.run_id
+        LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
+        LEFT JOIN LATERAL (SELECT id, hash FROM config_revision WHERE config_id = s.config_id
+            ORDER BY revision DESC LIMIT 1) cr ON true
+        LEFT JOIN LATERAL (
+            SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
+                SELECT us.name AS step, count(l.unit_id) AS total,
+                    count(*) FILTER (WHERE uc.state = 'covered') AS covered,
+                    count(*) FILTER (WHERE uc.state = 'blocked') AS blocked,
+                    (coalesce(sum(uc.result) FILTER (WHERE uc.state = 'covered'), 0) % :modulus)::text AS digest,
+                    coalesce(min(l.key) FILTER (WHERE uc.state = 'blocked'),
+                        min(l.key) FILTER (WHERE uc.state IS DISTINCT FROM 'covered'), '') AS example
+                FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
+                LEFT JOIN LATERAL (
+                    SELECT u.id AS unit_id, u.key WHERE us.dims = s.dims
+                    UNION ALL SELECT lu.id, lu.key FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
+                    WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l ON true
+                LEFT JOIN coverage uc ON (uc.step_id, uc.unit_id) = (us.id, l.unit_id)
+                WHERE d.step_id = s.id GROUP BY us.name) z) up ON true
+        """,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
+        modulus=DIGEST_MODULUS,
+    )
+    versions: dict[int, list[SoftwareVersion]] = defaultdict(list)
+    for v in tx.all(
+        "SELECT software_id, id, version, state FROM software_version WHERE software_id = ANY(:ids)",
+        ids=sorted({r.software_id for r in rows}),
+    ):
+        versions[v.software_id].append(SoftwareVersion(v.id, v.version, v.state))
+    known = {}
+    for r in rows:
+        version, fault = choose_version(VersionPolicy(r.version_policy), r.named_version, versions[r.software_id])
+        upstream = tuple(msgspec.convert(z, Upstream, strict=False) for z in r.upstream or ())
+        by_step = {u.step: u.digest for u in upstream}
+        wanted = ""
+        if version:
+            wanted = wanted_digest(int(r.digest), r.members, by_step, r.software, version.version, r.config_hash)
+        known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
+    ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
+    return {pair: _situation(*k, ended.get(pair)) for pair, k in known.items()}
+
+
+def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
+    """The latest ended run with the wanted digest; a completed one before all others."""
+    rows = tx.all(
+        """
+        SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
+        JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
+        WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn
+        ORDER BY r.step_id, r.unit_id, r.state = 'COMPLETED' DESC, r.id DESC
+        """,
+        steps=[p[0] for p in wanted],
+        units=[p[1] for p in wanted],
+        wanted=list(wanted.values()),
+        withdrawn=WITHDRAWN,
+    )
+    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message) for r in rows}
+
+
+def _situation(
+    r: Any,
+    version: SoftwareVersion | None,
+    fault: str,
+    upstream: tuple[Upstream, ...],
+    wanted: str,
+    ended: EndedRun | None,
+) -> _Situation:
+    paused = ""
+    for what, by, reason in (
+        ("pipeline", r.paused_by, r.paused_reason),
+        ("step", r.step_paused_by, r.step_paused_reason),
+    ):
+        if by:
+            paused = f"{what} paused by {by}" + (f": {reason}" if reason else "")
+            break
+    facts = GapFacts(
+        members=r.members,
+        wanted=wanted,
+        version_fault=fault,
+        upstream=upstream,
+        active=ActiveRun(r.active_id, RunState(r.active_state), r.active_wanted) if r.active_id else None,
+        ended=ended,
+        step_active=r.step_active,
+        enabled=r.enabled,
+        paused=paused,
+        trigger=TriggerType(r.trigger_type),
+        requested=r.requested,
+        cooldown_seconds=r.cooldown_seconds,
+        seconds_since_last_run=r.since_last_run,
+    )
+    resources = msgspec.convert(r.resources, Resources)
+    new_run = {
+        "step_id": r.step_id,
+        "unit_id": r.unit_id,
+        "pipeline_id": r.pipeline_id,
+        "location_id": r.location_id,
+        "generation": r.generation,
+        "wanted": wanted,
+        "result": str(result_hash(r.step, r.unit, wanted)),
+        "software_version_id": version.id if version else None,
+        "config_revision_id": r.config_id,
+        "priority": r.priority,
+        "cpu": resources.cpu,
+        "memory_gb": resources.memory_gb,
+    }
+    if r.prev_id is None:
+        cause = "no result covers this unit yet"
+    elif version and r.prev_version_id != version.id:
+        cause = f"stale: {r.software} {version.version} is wanted now"
+    elif r.prev_config_id != r.config_id:
+        cause = "stale: the config has a newer revision"
+    else:
+        cause = "stale: newer input"
+    return _Situation(facts, cause, new_run)
+
+
+def _without_copies(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, tuple[str, ...]]:
+    """Of pairs that read raw data: names of packages that lie on no disk."""
+    if not pairs:
+        return {}
+    rows = tx.all(
+        """
+        SELECT q.step_id, q.unit_id, array_agg(p.name ORDER BY p.name) AS names
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
+        JOIN unit_member m ON m.unit_id = q.unit_id AND m.removed IS NULL
+        JOIN raw_data_package p ON p.id = m.package_id
+        WHERE NOT EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = q.step_id)
+            AND NOT EXISTS (SELECT 1 FROM physical_copy c JOIN data_location l ON l.id = c.location_id
+                WHERE c.package_id = p.id AND c.status IN ('present', 'staged') AND l.storage = 'disk')
+        GROUP BY 1, 2
+        """,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
+    )
+    return {(r.step_id, r.unit_id): tuple(r.names) for r in rows}

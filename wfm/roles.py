@@ -1,0 +1,566 @@
+"""The four roles, in the order of a run.
+
+A role reads messages as hints, looks at Postgres, and does its part. Each has `handle` (a batch of messages, in one
+transaction), `sweeps` (what it looks at from time to time, so that a lost message costs time and never work), and for
+those that touch the outside world `settle` (outcomes of tasks). What a method returns is called after the commit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import Struct
+
+from wfm import gaps
+from wfm.backends import Backend
+from wfm.charts import Chart
+from wfm.config import Settings
+from wfm.decide import Capacity, PendingRun, admit, wanted_digest
+from wfm.events import ENTRANCES, Event, PipelineChanged, RunEvent
+from wfm.jobs import build_spec
+from wfm.kinds import POLL, Poll, job_facts, open_purges, worker_kinds
+from wfm.model import Actor, Role, RunState, TaskKind
+from wfm.store import HOLDS_SLOT, TASK_ON_ENTRY, WITHDRAWN, Move, RunRow, Store, Tx
+from wfm.tasks import Outcome, TaskRunner, foreign_kinds
+
+log = logging.getLogger(__name__)
+
+After = Callable[[], None] | None
+
+
+class Sweep(Struct):
+    """Something a role looks at from time to time, in a transaction of its own.
+
+    Attributes:
+        seconds: between two looks. work: the look.
+        next_at: monotonic time of the next look; may be brought forward.
+    """
+
+    name: str
+    seconds: float
+    work: Callable[[Tx], After]
+    next_at: float = 0.0
+
+
+class RoleWork(Protocol):
+    """What the loop needs to know of a role."""
+
+    role: Role
+    sweeps: list[Sweep]
+
+    def handle(self, tx: Tx, events: Sequence[Event]) -> After:
+        """Act on a batch of messages."""
+        ...
+
+    def settle(self, tx: Tx, outcomes: Sequence[Outcome]) -> After:
+        """Write the outcomes of tasks."""
+        ...
+
+    def stop(self) -> None:
+        """Take no new work."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether tasks are still in hand."""
+        ...
+
+    def hand_back(self, tx: Tx) -> None:
+        """Return what is in hand to others."""
+        ...
+
+    def close(self) -> None:
+        """Release threads and processes."""
+        ...
+
+
+def streams_of(role: Role, chart: Chart) -> list[str]:
+    """The event types that a role receives: those the chart addresses to it, and the entrances."""
+    emitted = {e.event for s in chart.states.values() for e in s.emits if e.to is role}
+    return sorted(emitted | {name for name, to in ENTRANCES.items() if to is role})
+
+
+class _Quiet:
+    """A role without tasks of its own."""
+
+    busy = False
+
+    def settle(self, tx: Tx, outcomes: Sequence[Outcome]) -> After:
+        raise NotImplementedError("this role has no tasks")
+
+    def stop(self) -> None:
+        pass
+
+    def hand_back(self, tx: Tx) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def look_again(role: Role, location_id: int) -> Callable[[Tx], After]:
+    """Runs that nobody has touched for longer than their state allows: tell their owner again."""
+
+    def work(tx: Tx) -> After:
+        states = [name for name, s in tx.chart.states.items() if s.owner is role]
+        runs = tx.find_runs(
+            "r.location_id = :loc AND r.state = ANY(:states) AND r.look_again_at < now()",
+            limit=200,
+            loc=location_id,
+            states=states,
+        )
+        runs = tx.lock_runs(list(runs), coverage=False)
+        overdue = {i: r for i, r in runs.items() if r.state in states}
+        if not overdue:
+            return None
+        _reopen_tasks(tx, overdue)
+        rows = [{"id": i, "look": tx.chart.states[r.state].look_again_after} for i, r in overdue.items()]
+        tx.run(
+            "UPDATE run r SET look_again_at = now() + m.look * interval '1 s'"
+            " FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS m(id bigint, look float8) WHERE r.id = m.id",
+            rows=msgspec.json.encode(rows).decode(),
+        )
+        tx.run(
+            "UPDATE event e SET done_at = NULL, publish_at = now() FROM run r WHERE r.id = ANY(:ids)"
+            " AND e.run_id = r.id AND e.run_version = r.version AND e.recipient = :role AND e.done_at IS NOT NULL",
+            ids=list(overdue),
+            role=role,
+        )
+        return None
+
+    return work
+
+
+def _reopen_tasks(tx: Tx, runs: dict[int, RunRow]) -> None:
+    """A run in a worker's state always has an open task; should one be missing, it is made again."""
+    waiting = {i: r for i, r in runs.items() if r.state in TASK_ON_ENTRY}
+    rows = tx.all(
+        """
+        SELECT run_id, bool_or(t.state IN ('ready', 'leased')) AS open,
+            bool_or(t.kind = 'stage' AND t.state = 'done') AS staged
+        FROM task t JOIN run r ON r.id = t.run_id AND r.attempt = t.attempt
+        WHERE run_id = ANY(:ids) AND kind <> 'purge' GROUP BY run_id
+        """,
+        ids=list(waiting),
+    )
+    known = {row.run_id: row for row in rows}
+    missing: dict[int, str] = {}
+    for i, r in waiting.items():
+        row = known.get(i)
+        if row is None or not row.open:
+            staged = row is not None and row.staged and r.state is RunState.STAGING_DATA
+            missing[i] = TaskKind.SUBMIT if staged else TASK_ON_ENTRY[r.state]
+    if missing:
+        log.warning("runs %s had no open task; made again", sorted(missing))
+        tx.open_tasks(missing, waiting)
+
+
+# --- trigger-manager ---
+
+
+class TriggerManager(_Quiet):
+    """Finds gaps: folds arrivals into units, evaluates what they touch, and reconciles with the catalogue."""
+
+    role = Role.TRIGGER_MANAGER
+    actor = Actor(Role.TRIGGER_MANAGER)
+
+    def __init__(self, settings: Settings) -> None:
+        self.location = settings.processing_location_id
+        self.reconcile_seconds = settings.reconcile_seconds
+        self.sweeps = [
+            Sweep("due coverage", settings.sweep_seconds, self.evaluate_due),
+            Sweep("reconcile", min(settings.reconcile_seconds, 5.0), self.reconcile_when_due),
+        ]
+        self._started = False
+
+    def handle(self, tx: Tx, events: Sequence[Event]) -> After:
+        pairs: set[gaps.Pair] = set()
+        named = [e.raw_data_package for e in events if hasattr(e, "raw_data_package")]
+        pairs |= gaps.fold(tx, self.location, self._arrivals(tx, named))
+        changed = {e.pipeline_id for e in events if isinstance(e, PipelineChanged)}
+        if changed:
+            pairs |= self._everything(tx, changed)
+        ended = [e.run for e in events if isinstance(e, RunEvent)]
+        if ended:
+            own = {
+                (r.step_id, r.unit_id)
+                for r in tx.all("SELECT DISTINCT step_id, unit_id FROM run WHERE id = ANY(:ids)", ids=ended)
+            }
+            pairs |= own | gaps.pairs_below(tx, own)
+        gaps.evaluate(tx, pairs, self.actor)
+        return None
+
+    def _arrivals(self, tx: Tx, named: Iterable[int | str]) -> set[int]:
+        """Packages to fold: those that messages name, and all others whose arrival is recorded.
+
+        Folding all recorded arrivals before anything is decided keeps a coarse unit from running with half of what one
+        transaction registered. Waits for a copy of this role that is folding them, rather than skipping its rows.
+        """
+        rows = tx.all(
+            """
+            SELECT id, (body ->> 'raw_data_package')::bigint AS package FROM event
+            WHERE location_id = :loc AND recipient = :role AND type = 'data.arrived' AND done_at IS NULL
+                AND failures = 0 AND jsonb_typeof(body -> 'raw_data_package') = 'number'
+            ORDER BY id FOR NO KEY UPDATE
+            """,
+            loc=self.location,
+            role=self.role,
+        )
+        tx.mark_done([r.id for r in rows])
+        found = tx.all(
+            "SELECT id FROM raw_data_package WHERE id = ANY(:ids) OR name = ANY(:names)",
+            ids=[n for n in named if isinstance(n, int)],
+            names=[n for n in named if isinstance(n, str)],
+        )
+        return {r.package for r in rows} | {r.id for r in found}
+
+    def _everything(self, tx: Tx, pipelines: Iterable[int] | None) -> set[gaps.Pair]:
+        """All pairs of these pipelines (of all, for None), with every package of the catalogue folded."""
+        some = None if pipelines is None else sorted(pipelines)
+        last = 0
+        while True:
+            ids = [
+                r.id
+                for r in tx.all("SELECT id FROM raw_data_package WHERE id > :last ORDER BY id LIMIT 5000", last=last)
+            ]
+            if not ids:
+                break
+            gaps.fold(tx, self.location, ids, some)
+            last = ids[-1]
+        rows = tx.all(
+            """
+            SELECT s.id AS step_id, u.id AS unit_id FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
+            JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
+            WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids))
+                AND (s.active OR EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id) = (s.id, u.id)))
+            """,
+            loc=self.location,
+            any=some is None,
+            ids=some or [],
+        )
+        return {(r.step_id, r.unit_id) for r in rows}
+
+    def evaluate_due(self, tx: Tx) -> After:
+        """Coverage whose time has come: a cooldown is over, a copy may be back."""
+        rows = tx.all(
+            """
+            SELECT c.step_id, c.unit_id FROM coverage c JOIN reduction_step s ON s.id = c.step_id
+            JOIN pipeline p ON p.id = s.pipeline_id
+            WHERE c.due_at <= now() AND p.location_id = :loc
+            ORDER BY c.step_id, c.unit_id LIMIT 500 FOR NO KEY UPDATE OF c SKIP LOCKED
+            """,
+            loc=self.location,
+        )
+        if rows:
+            gaps.evaluate(tx, {(r.step_id, r.unit_id) for r in rows}, self.actor)
+        return None
+
+    def reconcile_when_due(self, tx: Tx) -> After:
+        """Compare coverage with the whole catalogue: finds what no message told. One copy of this role at a time."""
+        tx.run(
+            "INSERT INTO task (location_id, kind) VALUES (:loc, 'reconcile') ON CONFLICT DO NOTHING", loc=self.location
+        )
+        mine = tx.all(
+            """
+            WITH due AS MATERIALIZED (SELECT id FROM task WHERE location_id = :loc AND kind = 'reconcile'
+                AND (due_at <= now() OR :first) FOR NO KEY UPDATE SKIP LOCKED)
+            UPDATE task t SET due_at = now() + :later * interval '1 s' FROM due WHERE due.id = t.id RETURNING t.id
+            """,
+            loc=self.location,
+            first=not self._started,
+            later=self.reconcile_seconds,
+        )
+        self._started = True
+        if mine:
+            gaps.fold(tx, self.location, self._arrivals(tx, ()))
+            gaps.evaluate(tx, self._everything(tx, None), self.actor)
+        return None
+
+
+# --- workflow-manager ---
+
+
+class WorkflowManager(_Quiet):
+    """Admits PENDING runs by priority and free slots, and builds their jobs."""
+
+    role = Role.WORKFLOW_MANAGER
+    actor = Actor(Role.WORKFLOW_MANAGER)
+
+    def __init__(self, settings: Settings, limit: Capacity) -> None:
+        self.settings = settings
+        self.location = settings.processing_location_id
+        self.limit = limit
+        self.sweeps = [
+            Sweep("admission", settings.sweep_seconds, self.admit),
+            Sweep("look again", 5.0, look_again(self.role, self.location)),
+        ]
+
+    def handle(self, tx: Tx, events: Sequence[Event]) -> After:
+        return self.admit(tx)
+
+    def admit(self, tx: Tx) -> After:
+        """Start what fits. Which runs those are is a question to Postgres, not to the order of a stream."""
+        if not tx.all("SELECT 1 FROM run WHERE location_id = :loc AND state = 'PENDING' LIMIT 1", loc=self.location):
+            return None
+        tx.run("SELECT 1 FROM data_location WHERE id = :loc FOR NO KEY UPDATE", loc=self.location)
+        used = tx.all(
+            """
+            SELECT count(*) AS runs, coalesce(sum(cpu), 0) AS cpu, coalesce(sum(memory_gb), 0) AS memory_gb FROM run
+            WHERE location_id = :loc AND state = ANY(:states)
+            """,
+            loc=self.location,
+            states=sorted(HOLDS_SLOT),
+        )[0]
+        candidates = tx.all(
+            """
+            SELECT r.id, r.cpu, r.memory_gb, r.waiting_for, p.enabled, p.paused_by, s.paused_by AS step_paused_by
+            FROM run r JOIN pipeline p ON p.id = r.pipeline_id JOIN reduction_step s ON s.id = r.step_id
+            WHERE r.location_id = :loc AND r.state = 'PENDING'
+            ORDER BY r.priority DESC, r.id LIMIT 500 FOR NO KEY UPDATE OF r SKIP LOCKED
+            """,
+            loc=self.location,
+        )
+        pending = [PendingRun(c.id, c.cpu, c.memory_gb, _pause(c)) for c in candidates]
+        chosen, waiting = admit(pending, Capacity(used.runs, used.cpu, used.memory_gb), self.limit)
+        said = {c.id: c.waiting_for for c in candidates}
+        news = {i: text for i, text in waiting.items() if said[i] != text}
+        if news:
+            tx.run(
+                """
+                UPDATE run r SET waiting_for = w.reason
+                FROM unnest(CAST(:ids AS bigint[]), CAST(:reasons AS text[])) AS w(id, reason) WHERE r.id = w.id
+                """,
+                ids=list(news),
+                reasons=list(news.values()),
+            )
+        self._build(tx, chosen)
+        return None
+
+    def _build(self, tx: Tx, ids: Sequence[int]) -> None:
+        """Fix version, command, inputs and directory of admitted runs, and hand them to the workers."""
+        if not ids:
+            return
+        runs = tx.lock_runs(ids, coverage=False)
+        stale = self._pin_inputs(tx, list(runs))
+        facts = job_facts(tx, list(runs), str(self.settings.pipeline_base_dir))
+        moves = []
+        for i, run in runs.items():
+            if i in stale:
+                reason = "its inputs changed before it was built"
+                sets: dict[str, Any] = {"failure": WITHDRAWN, "message": reason}
+                moves.append(Move(run, "withdraw", Actor(self.actor.name, reason), sets=sets))
+            else:
+                moves.append(Move(run, "build", self.actor, sets={"job": build_spec(facts[i])}))
+        tx.move(moves)
+
+    def _pin_inputs(self, tx: Tx, ids: Sequence[int]) -> set[int]:
+        """Link the upstream results that runs read; returns the runs whose wanted digest these no longer give."""
+        tx.run("DELETE FROM run_input WHERE run_id = ANY(:ids)", ids=list(ids))
+        tx.run(
+            """
+            INSERT INTO run_input (run_id, upstream_run_id)
+            SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id
+            JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
+            CROSS JOIN LATERAL (
+                SELECT r.unit_id AS unit_id WHERE us.dims = s.dims
+                UNION ALL SELECT lu.id FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
+                WHERE e.upper_id = r.unit_id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l
+            JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.unit_id) AND c.state = 'covered'
+            WHERE r.id = ANY(:ids)
+            """,
+            ids=list(ids),
+        )
+        rows = tx.all(
+            """
+            SELECT r.id, r.wanted, u.digest, u.members, sw.name AS software, sv.version,
+                coalesce(cr.hash, '') AS config, us.name AS step, (SELECT coalesce(sum(ur.result), 0) % 340282366920938463463374607431768211456
+                    FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id
+                    WHERE i.run_id = r.id AND ur.step_id = us.id) AS results
+            FROM run r JOIN unit u ON u.id = r.unit_id JOIN software_version sv ON sv.id = r.software_version_id
+            JOIN software sw ON sw.id = sv.software_id LEFT JOIN config_revision cr ON cr.id = r.config_revision_id
+            LEFT JOIN step_dependency d ON d.step_id = r.step_id LEFT JOIN reduction_step us ON us.id = d.upstream_id
+            WHERE r.id = ANY(:ids)
+            """,
+            ids=list(ids),
+        )
+        upstream: dict[int, dict[str, int]] = defaultdict(dict)
+        for r in rows:
+            if r.step is not None:
+                upstream[r.id][r.step] = int(r.results)
+        return {
+            r.id
+            for r in rows
+            if wanted_digest(int(r.digest), r.members, upstream[r.id], r.software, r.version, r.config) != r.wanted
+        }
+
+
+def _pause(row: Any) -> str:
+    if not row.enabled:
+        return "the pipeline is disabled"
+    if row.paused_by:
+        return f"pipeline paused by {row.paused_by}"
+    if row.step_paused_by:
+        return f"step paused by {row.step_paused_by}"
+    return ""
+
+
+# --- worker ---
+
+
+class _Tasked:
+    """A role that performs tasks. Its first sweep claims them."""
+
+    runner: TaskRunner
+    sweeps: list[Sweep]
+
+    def claim(self, tx: Tx) -> After:
+        """Lease what there are threads for."""
+        return self.runner.claim(tx)
+
+    def settle(self, tx: Tx, outcomes: Sequence[Outcome]) -> After:
+        forget = self.runner.settle(tx, outcomes)
+        begin = self.runner.claim(tx)
+        again = self.runner.again_in
+        if again is not None:
+            self.sweeps[0].next_at = min(self.sweeps[0].next_at, time.monotonic() + again)
+
+        def after() -> None:
+            forget()
+            begin()
+
+        return after
+
+    @property
+    def busy(self) -> bool:
+        return self.runner.held > 0
+
+    def stop(self) -> None:
+        self.runner.stop()
+
+    def hand_back(self, tx: Tx) -> None:
+        self.runner.hand_back(tx)
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+def _owner(name: str) -> str:
+    return f"{name}@{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+class Worker(_Tasked):
+    """Performs tasks: stages inputs, submits jobs, collects products, cancels, purges; and kinds from entry points."""
+
+    role = Role.WORKER
+
+    def __init__(
+        self, settings: Settings, store: Store, backend: Backend, inbox: queue.SimpleQueue[Any], name: str, slots: int
+    ) -> None:
+        self.location = settings.processing_location_id
+        self.runner = TaskRunner(
+            store,
+            [*worker_kinds(settings, backend, slots), *foreign_kinds()],
+            owner=_owner(name),
+            location_id=self.location,
+            lease_seconds=settings.lease_seconds,
+            max_tries=settings.max_task_tries,
+            deliver=inbox.put,
+        )
+        self.sweeps = [
+            Sweep("claim tasks", settings.sweep_seconds, self.claim),
+            Sweep("look again", 5.0, look_again(self.role, self.location)),
+            Sweep("retention", 60.0, self._retention),
+        ]
+
+    def handle(self, tx: Tx, events: Sequence[Event]) -> After:
+        return self.runner.claim(tx)
+
+    def _retention(self, tx: Tx) -> After:
+        open_purges(tx, self.location)
+        return None
+
+
+# --- result-manager ---
+
+
+class ResultManager(_Tasked):
+    """Follows jobs to their end, and starts retries when their back-off is over."""
+
+    role = Role.RESULT_MANAGER
+    actor = Actor(Role.RESULT_MANAGER)
+
+    def __init__(self, settings: Settings, store: Store, backend: Backend, inbox: queue.SimpleQueue[Any]) -> None:
+        self.location = settings.processing_location_id
+        self.runner = TaskRunner(
+            store,
+            [Poll(settings, backend)],
+            owner=_owner(self.role),
+            location_id=self.location,
+            lease_seconds=settings.lease_seconds,
+            max_tries=settings.max_task_tries,
+            deliver=inbox.put,
+        )
+        self.sweeps = [
+            Sweep("claim the poll", settings.sweep_seconds, self.claim),
+            Sweep("due retries", settings.sweep_seconds, self.retry_due),
+            Sweep("look again", 5.0, self._look_again),
+        ]
+
+    def handle(self, tx: Tx, events: Sequence[Event]) -> After:
+        self._poll_now(tx)
+        self.retry_due(tx)
+        return self.runner.claim(tx)
+
+    def _poll_now(self, tx: Tx) -> None:
+        tx.run(
+            """
+            INSERT INTO task (location_id, kind) VALUES (:loc, :kind)
+            ON CONFLICT (kind, location_id) WHERE run_id IS NULL DO UPDATE SET due_at = now()
+            WHERE task.state = 'ready' AND task.due_at > now()
+            """,
+            loc=self.location,
+            kind=POLL,
+        )
+
+    def _look_again(self, tx: Tx) -> After:
+        self._poll_now(tx)
+        return look_again(self.role, self.location)(tx)
+
+    def retry_due(self, tx: Tx) -> After:
+        """Start the next attempt of runs whose back-off is over."""
+        ids = [
+            r.id
+            for r in tx.all(
+                "SELECT id FROM run WHERE location_id = :loc AND state = 'RETRY_WAIT' AND due_at <= now()"
+                " ORDER BY id LIMIT 500",
+                loc=self.location,
+            )
+        ]
+        runs = tx.lock_runs(ids)
+        tx.move([Move(r, "retry_due", self.actor, sets=next_attempt(r)) for r in runs.values()])
+        return None
+
+
+def next_attempt(run: RunRow) -> dict[str, Any]:
+    """The columns of a run that begins another attempt: nothing of the last one's job remains."""
+    return {
+        "attempt": run.attempt + 1,
+        "job": None,
+        "backend": "",
+        "handle": "",
+        "exit_code": None,
+        "wall_seconds": None,
+        "cpu_hours": None,
+        "peak_memory_gb": None,
+        "node": "",
+        "evidence": {},
+    }
