@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -21,7 +23,6 @@ from sqlalchemy import (
     and_,
     any_,
     cast,
-    column,
     delete,
     func,
     literal,
@@ -30,10 +31,11 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy import column as sql_column
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 
 from wfm.decide import item_hash
-from wfm.errors import DocumentError
+from wfm.errors import DocumentError, NotFoundError
 from wfm.events import ENTRANCES, DataArrived, Event
 from wfm.grouping import storable, unknown
 from wfm.schema import (
@@ -52,7 +54,7 @@ from wfm.schema import (
 )
 from wfm.store import encode
 
-LABEL = r"^[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]{0,198}[^\s\x00-\x1f\x7f])?$"
+LABEL = r"^[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]{0,198}[^\s\x00-\x1f\x7f])?\Z"
 """What a name in the catalogue looks like."""
 LABEL_TEXT = "a name: 1 to 200 characters on one line, no space at its ends"
 
@@ -137,7 +139,7 @@ Fault = tuple[int, str]
 
 
 def lock(conn: Connection) -> None:
-    """Let one transaction at a time write catalogue and definitions: what was checked is still so when it is written."""
+    """Let one transaction at a time write catalogue and definitions, so that what was checked still holds."""
     conn.execute(text("SELECT pg_advisory_xact_lock(hashtext('wfm:' || current_schema()))"))
 
 
@@ -265,12 +267,12 @@ def check(
 def _examine(
     conn: Connection, packages: Sequence[PackageIn], planned: Mapping[str, Collection[str]]
 ) -> tuple[_Entries, list[Fault]]:
-    faults = [(n, f"{p.name}: {fault}") for n, p in enumerate(packages) for fault in package_faults(p)]
+    faults = [(n, f"package {p.name!r}: {fault}") for n, p in enumerate(packages) for fault in package_faults(p)]
     first: dict[str, int] = {}
-    faults += [(n, f"{p.name}: comes twice") for n, p in enumerate(packages) if first.setdefault(p.name, n) != n]
+    faults += [(n, f"package {p.name!r} comes twice") for n, p in enumerate(packages) if first.setdefault(p.name, n) != n]
     locations = sorted({*conn.scalars(select(data_location.c.name)), *planned.get(data_location.name, ())})
     faults += [
-        (n, f"{p.name}: {unknown('location', p.location, locations)}")
+        (n, f"package {p.name!r}: {unknown('location', p.location, locations)}")
         for n, p in enumerate(packages)
         if p.location not in locations
     ]
@@ -306,7 +308,7 @@ def _entries(packages: Sequence[PackageIn], faults: list[Fault]) -> _Entries:
                 faults.append(
                     (n, f"{table} {name!r}: {_attribute(column)} is {value!s}, but {other!s} in another package")
                 )
-            entry.values[column] = other if value is None else value
+            entry.values[column] = value if other is None else other
 
     for n, p in enumerate(packages):
         o = p.executed_obs_unit
@@ -328,7 +330,7 @@ def _attribute(column: Column[Any]) -> str:
     return column.name.removesuffix("_id") if column.foreign_keys else column.name
 
 
-def _existing(conn: Connection, table: Table, names: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+def _existing(conn: Connection, table: Table, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """By name, the rows of some entries: their columns, and beside each reference the name it stands for."""
     shown: list[Any] = [table.c.id, table.c.name, *_ENTRIES[table]]
     for column in _ENTRIES[table]:
@@ -336,7 +338,7 @@ def _existing(conn: Connection, table: Table, names: Iterable[str]) -> dict[str,
             name = select(referred.c.name).where(referred.c.id == column).scalar_subquery()
             shown.append(name.label(_attribute(column)))
     rows = conn.execute(select(*shown).where(table.c.name == any_(literal(list(names), ARRAY(Text)))))
-    return {row["name"]: row for row in rows.mappings()}
+    return {row["name"]: dict(row) for row in rows.mappings()}
 
 
 # --- writing ---
@@ -378,7 +380,7 @@ def records(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column[Any]]) -
     """Rows as a table: one parameter, however many they are."""
     return (
         func.jsonb_to_recordset(cast(literal(encode(rows), Text), JSONB))
-        .table_valued(*(column(c.name, c.type) for c in columns))
+        .table_valued(*(sql_column(c.name, c.type) for c in columns))
         .render_derived(with_types=True)
     )
 

@@ -4,9 +4,8 @@ Where a setting comes from, the later source wins:
 
 1. ``settings.toml`` of this package, section ``[default]``, then the section that ``ENV_FOR_DYNACONF`` chooses;
 2. the site's file named by ``WFM_SETTINGS_FILE``, the same two sections;
-3. the variable ``CCAT_WORKFLOW_MANAGER_<NAME>`` or, shorter, ``WFM_<NAME>``. An empty variable counts as not set. A
-   secret may stand in a file named by ``<NAME>_FILE``. The database may also be given in parts, as
-   ``CCAT_OPS_DB_DATABASE_POSTGRESQL_{HOST,PORT,DATABASE,USER,PASSWORD}``.
+3. the variable ``CCAT_WORKFLOW_MANAGER_<NAME>`` or, shorter, ``WFM_<NAME>``; an empty variable counts as not set.
+   A secret may stand in a file named by ``<NAME>_FILE``. The database may also be given in parts (`DATABASE_PREFIX`).
 
 To add a setting, declare it in `Settings` (type, bounds, meaning, unit) and give its default in ``settings.toml``.
 """
@@ -16,38 +15,34 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
-from msgspec import Meta, Struct, inspect
+from msgspec import Meta, Struct
 
 from wfm.errors import ConfigError
 
 PREFIXES = ("CCAT_WORKFLOW_MANAGER_", "WFM_")
 DATABASE_PREFIX = "CCAT_OPS_DB_DATABASE_POSTGRESQL_"
-PARTS = ("HOST", "PORT", "DATABASE", "USER", "PASSWORD")
-ENVIRONMENTS = ("localdev", "staging", "production")
-SECTIONS = ("default", *ENVIRONMENTS)
+DATABASE_PARTS = ("host", "port", "database", "user", "password")
+Environment = Literal["localdev", "staging", "production"]
+SECTIONS = ("default", *get_args(Environment))
 SHIPPED_FILE = Path(__file__).with_name("settings.toml")
 
+Environ = Mapping[str, str]
+Found = dict[str, tuple[str, str]]  # name → (variable, text)
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-Count = Annotated[int, Meta(ge=1)]
-Amount = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Amount = Annotated[float, Meta(ge=0, le=1_000_000)]
+Truth = Annotated[bool, Meta(title="true or false")]
 Port = Annotated[int, Meta(ge=1, le=65_535)]
 _ADDRESS = r"://([^/@]*@)?(\[[^\]]*\]|[^:/@]*)(:\d+)?([/?].*)?"
-PostgresUrl = Annotated[
-    str,
-    Meta(
-        pattern=rf"\A(postgres(ql)?(\+psycopg2)?{_ADDRESS})?\Z", title="postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
-    ),
-]
-RedisUrl = Annotated[
-    str,
-    Meta(pattern=rf"\A((rediss?|unix){_ADDRESS})?\Z", title="a URL that begins with redis://, rediss:// or unix://"),
-]
+PostgresUrl = Annotated[str, Meta(pattern=rf"\A(postgres(ql)?(\+psycopg2)?{_ADDRESS})?\Z", title="a postgresql:// URL")]
+RedisUrl = Annotated[str, Meta(pattern=rf"\A((rediss?|unix){_ADDRESS})?\Z", title="a redis(s):// or unix:// URL")]
 Namespace = Annotated[str, Meta(pattern=r"\A[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")]
 Identifier = Annotated[str, Meta(pattern=r"\A[a-z_][a-z0-9_]{0,62}\Z")]
 Host = Annotated[str, Meta(pattern=r"\A[^\s/?#@\[\]]+\Z")]
@@ -69,7 +64,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     """
 
     home: Annotated[Path, about("directory of the state of `wfm up`; relative to the working directory")]
-
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], about("least severity that is logged")]
     hpc_backend: Annotated[Literal["local", "slurm", "kubernetes"], about("what runs jobs")]
     runtime: Annotated[Literal["none", "apptainer"], about("how local and Slurm jobs run their software")]
     pipeline_base_dir: Annotated[Path, about("root of the attempt directories, shared with the jobs")]
@@ -79,7 +74,6 @@ class Settings(Struct, frozen=True, kw_only=True):
     slurm_partition: Annotated[str, about("Slurm partition; empty: the cluster's default")]
     local_cpu: Annotated[Amount, about("cores that local jobs share; 0: all of this machine")]
     local_memory_gb: Annotated[Amount, about("memory that local jobs share, in 10^9 bytes; 0: all of this machine")]
-
     database_url: Annotated[PostgresUrl, about("Postgres database; empty: embedded servers", secret=True)]
     database_schema: Annotated[Identifier, about("Postgres schema that holds all tables of wfm")]
     redis_url: Annotated[RedisUrl, about("Redis server; replaces redis_host to redis_tls", secret=True)]
@@ -87,12 +81,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     redis_port: Annotated[Port, about("TCP port of Redis")]
     redis_username: Annotated[str, about("ACL user of Redis; empty: the default user")]
     redis_password: Annotated[str, about("password of the Redis user; empty: none", secret=True)]
-    redis_db: Annotated[int, Meta(ge=0), about("number of the Redis database")]
-    redis_tls: Annotated[bool, about("speak TLS with Redis")]
+    redis_db: Annotated[int, Meta(ge=0, le=65_535), about("number of the Redis database")]
+    redis_tls: Annotated[Truth, about("speak TLS with Redis")]
     redis_tls_ca_file: Annotated[str, about("PEM file of the authority that Redis is checked against")]
     redis_tls_cert_file: Annotated[str, about("PEM file of the client certificate for Redis")]
     redis_tls_key_file: Annotated[str, about("PEM file of the key of the client certificate")]
-
     lease_seconds: Annotated[Seconds, about("s that a worker holds a task without renewing it")]
     claim_idle_seconds: Annotated[Seconds, about("s until a message that its reader left is taken over")]
     republish_seconds: Annotated[Seconds, about("s until an event that is still pending is published again")]
@@ -103,7 +96,6 @@ class Settings(Struct, frozen=True, kw_only=True):
     stream_high_water: Annotated[Count, about("messages in a command stream above which re-publishing waits")]
     public_stream_max_length: Annotated[Count, about("messages kept in the public stream `events`, about")]
     max_deliveries: Annotated[Count, about("deliveries of a message before it goes to the dead letters")]
-
     max_in_flight: Annotated[Count, about("runs between admission and collection at one time")]
     max_task_tries: Annotated[Count, about("tries of a task (stage, submit, collect) before its run fails")]
     retry_backoff_seconds: Annotated[Seconds, about("s before the first retry of a run; doubles with each")]
@@ -114,9 +106,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     staging_mode: Annotated[Literal["auto", "link", "reflink", "copy"], about("how inputs reach a job")]
     staging_reserve_gb: Annotated[Amount, about("disk space that staging leaves free, in 10^9 bytes")]
 
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], about("least severity that is logged")]
-
-    env: str = "localdev"
+    env: Environment = "localdev"
     embedded: bool = False
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, str] = {}
@@ -151,11 +141,10 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 SETTINGS: Mapping[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings) if field.required}
-"""Name and type of every setting."""
-SECRETS = frozenset(name for name, kind in SETTINGS.items() if getattr(inspect.type_info(kind), "extra", None))
+SECRETS = frozenset(name for name, kind in SETTINGS.items() if kind.__metadata__[-1].extra)
 
 
-def load(environ: Mapping[str, str] | None = None, files: Sequence[Path] = ()) -> Settings:
+def load(environ: Environ | None = None, files: Sequence[Path] = ()) -> Settings:
     """Read, check and freeze the settings.
 
     Args:
@@ -167,92 +156,75 @@ def load(environ: Mapping[str, str] | None = None, files: Sequence[Path] = ()) -
     """
     environ = os.environ if environ is None else environ
     faults: list[str] = []
-    env = environ.get("ENV_FOR_DYNACONF", "").lower() or "localdev"
-    if env not in ENVIRONMENTS:
-        faults.append(f"ENV_FOR_DYNACONF = {env!r}: allowed is {_one_of(ENVIRONMENTS, env)}")
-    site = _pick("SETTINGS_FILE", PREFIXES, environ, faults)
-    given = _given(environ, faults)
-    values, sources = _layer(env, [*([Path(site[1])] if site else []), *files], given, faults)
+    chosen = environ.get("ENV_FOR_DYNACONF", "").lower() or "localdev"
+    env: Any = _checked("ENV_FOR_DYNACONF", Environment, chosen, faults) or "default"
+    site = _found(["settings_file"], PREFIXES, [], environ, faults)
+    given = _found(SETTINGS, PREFIXES, SECRETS, environ, faults)
+    if parts := _found(DATABASE_PARTS, [DATABASE_PREFIX], ["password"], environ, faults):
+        given["database_url"] = _composed(parts, given.get("database_url"), faults)
+    values, sources = _layer(env, [*(Path(path) for _, path in site.values()), *files], given, faults)
     faults += _contradictions(env, values, sources)
     if faults:
         raise ConfigError(faults)
 
-    home = values["home"].absolute()
-    for name, value in values.items():
-        if isinstance(value, Path):
-            values[name] = Path(str(value).replace("{home}", str(home))).absolute()
+    home = str(values["home"].absolute())
+    paths = {name: value for name, value in values.items() if isinstance(value, Path)}
+    values |= {name: Path(str(path).replace("{home}", home)).absolute() for name, path in paths.items()}
     values["database_url"] = _with_driver(values["database_url"])
     sources["env"] = "ENV_FOR_DYNACONF" if environ.get("ENV_FOR_DYNACONF") else "default"
     warnings = tuple(_unknown_variables(environ))
     return Settings(**values, env=env, embedded=not values["database_url"], warnings=warnings, sources=sources)
 
 
-def _given(environ: Mapping[str, str], faults: list[str]) -> dict[str, tuple[str, str]]:
-    """What the environment sets: name → (variable, text)."""
-    given = {
-        name: picked
-        for name in SETTINGS
-        if (picked := _pick(name.upper(), PREFIXES, environ, faults, secret=name in SECRETS))
-    }
-    parts = {
-        part: picked[1]
-        for part in PARTS
-        if (picked := _pick(part, [DATABASE_PREFIX], environ, faults, secret=part == "PASSWORD"))
-    }
-    if parts:
-        variable, url = f"{DATABASE_PREFIX}*", _composed(parts, faults)
-        if "database_url" in given and _with_driver(given["database_url"][1]) != url:
-            faults.append(f"{given['database_url'][0]} and {variable} differ: set only one of them")
-        given["database_url"] = variable, url
-    return given
+def _found(
+    names: Iterable[str], prefixes: Sequence[str], secrets: Container[str], environ: Environ, faults: list[str]
+) -> Found:
+    """What the environment gives of `names`. A secret may also stand in the file that ``<variable>_FILE`` names."""
+    found: Found = {}
+    for name in names:
+        texts = {}
+        for variable in (prefix + name.upper() for prefix in prefixes):
+            if text := environ.get(variable):
+                texts[variable] = text
+            if name in secrets and (path := environ.get(f"{variable}_FILE")):
+                with suppress(OSError, UnicodeError):
+                    texts[f"{variable}_FILE"] = Path(path).read_text("utf-8").rstrip("\r\n")
+                if not texts.get(f"{variable}_FILE"):
+                    shown = repr(path) if path.startswith("/") else "***"  # it may be the password, by mistake
+                    faults.append(f"{variable}_FILE = {shown}: allowed is the path of a readable file with a text")
+        if len(set(texts.values())) > 1:
+            faults.append(f"{' and '.join(texts)} differ: set only one of them")
+        if texts:
+            found[name] = next(iter(texts.items()))
+    return found
 
 
-def _pick(
-    name: str, prefixes: Sequence[str], environ: Mapping[str, str], faults: list[str], *, secret: bool = False
-) -> tuple[str, str] | None:
-    """The variable that gives `name`, and its text; for a secret also the file that ``<variable>_FILE`` names."""
-    found = {}
-    for variable in (prefix + name for prefix in prefixes):
-        if text := environ.get(variable):
-            found[variable] = text
-        if secret and (path := environ.get(f"{variable}_FILE")):
-            try:
-                text = Path(path).read_text("utf-8").rstrip("\r\n")
-            except (OSError, UnicodeError):
-                text = ""
-            if text:
-                found[f"{variable}_FILE"] = text
-            else:  # A password that stands here by mistake must not reach a log.
-                shown = repr(path) if path.startswith("/") else "***"
-                faults.append(f"{variable}_FILE = {shown}: allowed is the path of a readable file with the secret")
-    if len(set(found.values())) > 1:
-        faults.append(f"{' and '.join(found)} differ: set only one of them")
-    return next(iter(found.items()), None)
-
-
-def _composed(parts: Mapping[str, str], faults: list[str]) -> str:
+def _composed(parts: Found, rival: tuple[str, str] | None, faults: list[str]) -> tuple[str, str]:
     """The database URL made of its parts. A HOST that is a directory holds the Unix socket of the server."""
     from sqlalchemy.engine import URL
 
-    if missing := [DATABASE_PREFIX + part for part in ("HOST", "DATABASE", "USER") if part not in parts]:
-        faults.append(f"{', '.join(missing)}: missing, needed beside {DATABASE_PREFIX}{', '.join(parts)}")
-    host = parts.get("HOST", "")
-    port = _checked(f"{DATABASE_PREFIX}PORT", SETTINGS["redis_port"], parts.get("PORT", 5432), faults)
+    variables = f"{DATABASE_PREFIX}{{{','.join(parts).upper()}}}"
+    if missing := [DATABASE_PREFIX + part.upper() for part in ("host", "database", "user") if part not in parts]:
+        faults.append(f"{', '.join(missing)}: missing beside {variables}")
+    text = {part: value for part, (_, value) in parts.items()}
+    host = text.get("host", "")
+    port = _checked(f"{DATABASE_PREFIX}PORT", SETTINGS["redis_port"], text.get("port", 5432), faults)
     by_socket = host.startswith("/")
-    return URL.create(
+    url = URL.create(
         "postgresql+psycopg2",
-        username=parts.get("USER"),
-        password=parts.get("PASSWORD"),
+        username=text.get("user"),
+        password=text.get("password"),
         host=None if by_socket else host,
         port=None if by_socket else port,
-        database=parts.get("DATABASE"),
+        database=text.get("database"),
         query={"host": host, "port": str(port)} if by_socket else {},
     ).render_as_string(hide_password=False)
+    if rival and _with_driver(rival[1]) != url:
+        faults.append(f"{rival[0]} and {variables} differ: set only one of them")
+    return variables, url
 
 
-def _layer(
-    env: str, files: Sequence[Path], given: Mapping[str, tuple[str, str]], faults: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _layer(env: str, files: Sequence[Path], given: Found, faults: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Value and source of every setting after all layers; a faulty setting has a source only."""
     from dynaconf import Dynaconf, get_history
     from dynaconf.loaders.base import SourceMetadata
@@ -293,20 +265,11 @@ def _path(_: type, value: object) -> Path:
 
 def _allowed(kind: Any, value: object) -> str:
     """What a setting takes, in words."""
-    info = inspect.type_info(kind)
-    assert isinstance(info, inspect.Metadata), "about() is missing"
-    match info.type:
-        case inspect.LiteralType(values=choices):
-            return _one_of([str(choice) for choice in choices], str(value))
-        case inspect.BoolType():
-            return "true or false"
-        case (inspect.IntType() | inspect.FloatType()) as number:
-            limits = {"above": number.gt, "from": number.ge, "up to": number.le}
-            noun = "a whole number" if isinstance(number, inspect.IntType) else "a number"
-            return " ".join([noun, *(f"{word} {limit}" for word, limit in limits.items() if limit is not None)])
-        case inspect.StrType(pattern=pattern):
-            return (info.extra_json_schema or {}).get("title") or f"text {pattern or ''}"
-    return "a path"
+    schema = msgspec.json.schema(kind, schema_hook=lambda _: {"type": "path"})
+    if "enum" in schema:
+        return _one_of(schema["enum"], str(value))
+    words = {"type": "", "exclusiveMinimum": "above ", "minimum": "from ", "maximum": "to ", "pattern": "like "}
+    return str(schema.get("title") or " ".join(word + str(schema[key]) for key, word in words.items() if key in schema))
 
 
 def _read(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
@@ -319,7 +282,7 @@ def _read(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
     sections: dict[str, dict[str, Any]] = {}
     for section, table in document.items():
         if section not in SECTIONS or not isinstance(table, dict):
-            faults.append(f"{path}: {section}: allowed is {_one_of(SECTIONS, section)}")
+            faults.append(f"{path}: {section} is no section; allowed is {_one_of(SECTIONS, section)}")
             continue
         sections[section] = {name.lower(): value for name, value in table.items()}
         unknown = [name for name in table if name.lower() not in SETTINGS]
@@ -336,9 +299,8 @@ def _contradictions(env: str, values: Mapping[str, Any], sources: Mapping[str, s
     files = {name: values[name] for name in SETTINGS if name.startswith("redis_tls_") and values.get(name)}
     if "redis_url" in values and "redis_tls" in values:
         url, tls = values["redis_url"], values["redis_tls"]
-        asking = ["redis_tls", *files] if tls else [*files]
-        if asking and not (url.startswith("rediss://") if url else tls):
-            yield f"{', '.join(asking)} set, but no TLS: set redis_tls = true, or a redis_url that begins with rediss://"
+        if (tls or files) and not (url.startswith("rediss://") if url else tls):
+            yield f"{', '.join(files) or 'redis_tls'} set without TLS: set redis_tls = true, or a rediss:// redis_url"
     if ("redis_tls_cert_file" in files) != ("redis_tls_key_file" in files):
         yield "redis_tls_cert_file and redis_tls_key_file: set both or none"
     for name, path in files.items():
@@ -348,11 +310,12 @@ def _contradictions(env: str, values: Mapping[str, Any], sources: Mapping[str, s
     if values.get("database_url") == "":
         redis = [name for name in SETTINGS if name.startswith("redis_") and sources[name] != "default"]
         if redis or env in ("staging", "production"):
-            because = f"{', '.join(redis)} is set" if redis else f"{env} has no embedded servers"
-            yield f"the database is missing ({because}): set WFM_DATABASE_URL or {DATABASE_PREFIX}{{{','.join(PARTS)}}}"
+            because = f"{', '.join(redis)} set" if redis else f"{env} has no embedded servers"
+            parts = ",".join(DATABASE_PARTS).upper()
+            yield f"the database is missing ({because}): set WFM_DATABASE_URL or {DATABASE_PREFIX}{{{parts}}}"
 
 
-def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+def _unknown_variables(environ: Environ) -> Iterator[str]:
     """A warning for each variable that bears a prefix of ours and means nothing."""
     known = {name.upper() for name in SETTINGS} | {f"{name.upper()}_FILE" for name in SECRETS} | {"SETTINGS_FILE"}
     for prefix in PREFIXES:
@@ -362,7 +325,7 @@ def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
                 yield f"{variable} is not a setting and is ignored{_nearest(name, known, prefix)}"
 
 
-def _one_of(words: Iterable[str], wrong: str) -> str:
+def _one_of(words: Sequence[str], wrong: str) -> str:
     return f"one of {', '.join(words)}{_nearest(wrong, words)}"
 
 
@@ -383,4 +346,4 @@ def _shown(name: str, value: Any) -> str:
         return str(value).lower() if isinstance(value, bool) else str(value)
     if not name.endswith("_url"):
         return "***" if value else ""
-    return re.sub(r"(://[^:/?#@]*:).*(?=@)|(password=)[^&]*", r"\1\2***", value, flags=re.IGNORECASE)
+    return re.sub(r"(://[^:/?#@]*:).*(?=@)|(password=)[^&]*", r"\1\2***", value, flags=re.I | re.S)

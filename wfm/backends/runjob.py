@@ -126,20 +126,23 @@ def write_json(path: str, content: Json, durable: bool = False) -> None:
 # --- who lives ------------------------------------------------------------------------------------------------------
 
 
+def _read_proc(path: str) -> bytes:
+    with open(f"/proc/{path}", "rb", buffering=0) as file:
+        return file.read()
+
+
 def boot_id() -> str:
     """What tells this boot of the machine from every other."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
+    return _read_proc("sys/kernel/random/boot_id").decode().strip()
 
 
-def process_stat(pid: int) -> list[str]:
+def process_stat(pid: int) -> list[bytes]:
     """The fields of ``/proc/<pid>/stat`` from the state on: state, parent, group, session, …
 
     Raises:
         OSError: no such process.
     """
-    with open(f"/proc/{pid}/stat", errors="replace") as file:
-        return file.read().rpartition(")")[2].split()  # the command's name before it may hold anything
+    return _read_proc(f"{pid}/stat").rpartition(b")")[2].split()  # the command's name before it may hold anything
 
 
 def start_time(pid: int) -> int:
@@ -203,8 +206,8 @@ def launch(requests: BinaryIO, answers: int) -> None:
 
     Args:
         requests: lines, each a JSON list of attempt directories.
-        answers: descriptor of a pipe; for every line a JSON list with, for every directory, ``{"handle": …}`` of the supervisor,
-            ``{"adopt": true}`` if the job was started before, or ``{"error": …}``.
+        answers: descriptor of a pipe; for every line a JSON list with, per directory, ``{"handle": …}`` of the
+            supervisor, ``{"adopt": true}`` if the job was started before, or ``{"error": …}``.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the supervisors
     boot = boot_id()
@@ -295,7 +298,8 @@ def supervise(directory: str) -> int:
         stopped = _wait(main, directory, job["resources"].get("time_hours"))
         status = _end(main, job.get("grace_seconds", GRACE_SECONDS), gently=bool(stopped))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    record = verdict(job, status, stopped, fault, _oom_kills() > oom_kills)
+    oom_killed = status != 0 and _oom_kills() > oom_kills
+    record = verdict(job, status, stopped, fault, oom_killed)
     record.update(
         name=job["name"],
         node=os.uname().nodename,
@@ -482,10 +486,8 @@ def _signal_descendants(number: int, but_group: int) -> None:
 
 def _oom_kills() -> int:
     """How often this machine's kernel has killed for want of memory."""
-    with contextlib.suppress(OSError), open("/proc/vmstat") as file:
-        for line in file:
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
+    with contextlib.suppress(OSError, ValueError):
+        return int(_read_proc("vmstat").partition(b"\noom_kill ")[2].split(b"\n")[0])
     return 0
 
 

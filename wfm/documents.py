@@ -1,0 +1,1138 @@
+"""Documents that say what there is and what is to be done: ``wfm apply``, ``diff``, ``get`` and ``delete``.
+
+A kind is a struct, whose fields are the keys of the document, and a table (`KINDS`). A field named like a kind names
+one thing of that kind; every other field goes to the column of its name. So reading, comparing and writing are the
+same code for all kinds; only what lies in further tables (versions, parameters, steps, packages) has code of its own.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import hashlib
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct, field, structs
+from packaging.version import InvalidVersion, Version
+from sqlalchemy import Column, ColumnElement, Connection, Table, delete as sql_delete, func, or_, select, true, update
+from sqlalchemy.dialects.postgresql import insert
+
+from wfm import catalogue, grouping, schema
+from wfm.catalogue import LABEL, LABEL_TEXT, PackageIn, emit, lock, target, upsert
+from wfm.errors import DocumentError, NotFoundError, RefusedError, UsageError
+from wfm.events import PipelineChanged
+from wfm.grouping import storable, unknown
+from wfm.model import ACTIVE_STATES, Resources, TriggerType, VersionPolicy
+
+Label = Annotated[str, Meta(pattern=LABEL, description=LABEL_TEXT)]
+DirectoryName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z",
+        description="a name that can be a directory: 1 to 63 of A-Z a-z 0-9 . _ -, the first a letter or digit",
+    ),
+]
+Small = Annotated[int, Meta(ge=-1_000_000, le=1_000_000, description="a whole number between -1000000 and 1000000")]
+NotNegative = Annotated[float, Meta(ge=0, description="a number, not negative")]
+
+
+# --- kinds ---
+
+
+class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Site(_Spec, frozen=True):
+    """A place."""
+
+    name: Label
+    description: str = ""
+
+
+class Location(_Spec, frozen=True):
+    """A place for data. `id` may be chosen for a new one (instances know their location by it)."""
+
+    name: Label
+    site: str
+    type: Literal["source", "buffer", "long_term_archive", "processing"]
+    storage: Literal["disk", "s3", "tape"] = "disk"
+    root: str = ""
+    priority: Small = 0
+    id: Annotated[int, Meta(ge=1, lt=1 << 63, description="a whole number, 1 or more")] | None = None
+
+
+class Instrument(_Spec, frozen=True):
+    """An instrument."""
+
+    name: Label
+    description: str = ""
+
+
+class Module(_Spec, frozen=True):
+    """A part of an instrument that takes data of its own."""
+
+    name: Label
+    instrument: str
+    description: str = ""
+
+
+class Source(_Spec, frozen=True):
+    """What is observed."""
+
+    name: Label
+    kind: str = field(default="fixed", name="type")
+    metadata: dict[str, Any] = {}
+
+
+class Program(_Spec, frozen=True):
+    """An observing program."""
+
+    name: Label
+    description: str = ""
+
+
+class ObsUnit(_Spec, frozen=True):
+    """A planned observation, which may be executed many times."""
+
+    name: Label
+    source: str | None = None
+    program: str | None = None
+    line: str = ""
+    metadata: dict[str, Any] = {}
+
+
+class SoftwareVersion(_Spec, frozen=True):
+    """One version of a reduction software. `state` stays as it is where it is not given."""
+
+    version: str
+    command: tuple[str, ...]
+    image: str = ""
+    sif: str = ""
+    state: Literal["active", "deprecated", "revoked"] | None = None
+
+
+class Software(_Spec, frozen=True):
+    """A reduction software. Versions that are not named stay."""
+
+    name: Label
+    description: str = ""
+    versions: tuple[SoftwareVersion, ...] = ()
+
+
+class Config(_Spec, frozen=True):
+    """Parameters of a reduction software; changed parameters make a new revision."""
+
+    name: Label
+    description: str = ""
+    parameters: dict[str, Any] = {}
+
+
+class Grouping(_Spec, frozen=True):
+    """A data grouping; each rule as in `wfm.grouping.Rule`."""
+
+    name: Label
+    description: str = ""
+    rules: tuple[Any, ...] = ()
+
+
+class Step(_Spec, frozen=True):
+    """A reduction step. `retention_days` None keeps results for ever."""
+
+    name: DirectoryName
+    description: str = ""
+    software: str
+    version: str = ""
+    version_policy: VersionPolicy = VersionPolicy.COMPATIBLE
+    config: str | None = None
+    group_by: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
+    resources: Resources = Resources()
+    environment: dict[str, str] = {}
+    max_retries: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 3
+    cooldown_seconds: NotNegative = 0.0
+    retention_days: NotNegative | None = None
+
+
+class Pipeline(_Spec, frozen=True):
+    """A pipeline. Where `enabled` is not given it stays as it is; so does `location` (at first, the instance's own)."""
+
+    name: DirectoryName
+    description: str = ""
+    grouping: str
+    location: str | None = None
+    trigger_type: TriggerType = field(default=TriggerType.CONTINUOUS, name="trigger")
+    enabled: bool | None = None
+    priority: Small = 0
+    steps: tuple[Step, ...]
+
+
+class Kind(Struct, frozen=True):
+    """What a document of a kind says (`spec`), and the table of its things."""
+
+    spec: type[Struct]
+    table: Table
+
+
+KINDS: dict[str, Kind] = {
+    "site": Kind(Site, schema.site),
+    "location": Kind(Location, schema.data_location),
+    "instrument": Kind(Instrument, schema.instrument),
+    "module": Kind(Module, schema.instrument_module),
+    "source": Kind(Source, schema.source),
+    "program": Kind(Program, schema.observing_program),
+    "obs_unit": Kind(ObsUnit, schema.obs_unit),
+    "software": Kind(Software, schema.software),
+    "config": Kind(Config, schema.config),
+    "grouping": Kind(Grouping, schema.data_grouping),
+    "pipeline": Kind(Pipeline, schema.pipeline),
+    "raw_data_package": Kind(PackageIn, schema.raw_data_package),
+}
+"""All kinds, each after those it refers to: the order in which documents are applied."""
+
+Path = tuple[str | int, ...]
+
+
+Fault = tuple[str, int, str]
+"""File, line, message."""
+
+
+def _refuse(faults: Sequence[Fault]) -> None:
+    if faults:
+        # sorted() is stable: faults of one line stay in the order in which they were found.
+        ordered = sorted(faults, key=lambda fault: fault[:2])
+        raise DocumentError([f"{file}:{line}: {message}" for file, line, message in ordered])
+
+
+class Document(Struct, frozen=True):
+    """One document; `lines` says where each of its parts stands in `file`."""
+
+    kind: str
+    spec: Any
+    file: str
+    lines: dict[Path, int]
+
+    def fault(self, path: Path, message: str) -> Fault:
+        """A fault at a part of the document, or at the nearest part around it that is there."""
+        while path not in self.lines:
+            path = path[:-1]
+        return self.file, self.lines[path], message
+
+
+class Documents(Struct, frozen=True):
+    """Documents without faults of their own, in the order in which they are applied."""
+
+    items: tuple[Document, ...]
+
+    def of(self, kind: str) -> dict[str, Document]:
+        """The documents of a kind, by name."""
+        return {d.spec.name: d for d in self.items if d.kind == kind}
+
+
+# --- YAML ---
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose plain scalars follow version 1.2.
+
+    In PyYAML's version 1.1 the line NO (nitric oxide) is false, 12:30:49 is the number 45049, and 1e3 is a text.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name, filled below
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported: write it out", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever `_Loader` would not read as a text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    # tag: (pattern, first characters, constructor)
+    "null": (r"~|null|Null|NULL|", "~nN", lambda _: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda s: s.lower() == "true"),
+    "int": (
+        r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+        "-+0123456789",
+        lambda s: int(s, 0 if s[:2] in ("0o", "0x") else 10),
+    ),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+        lambda s: float(s.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    ),
+}
+for _name, (_pattern, _first, _) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), [*_first, *[""][: _name == "null"]])
+
+
+def dump(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Documents (as `get` gives them) as YAML that `load` reads as the same."""
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, explicit_start=True)
+
+
+_BAD = object()
+"""Stands for a value that had a fault; the fault is noted."""
+
+
+class _Reader:
+    """Reads the documents of one file, and goes on after each fault."""
+
+    def __init__(self, file: str, faults: list[Fault]) -> None:
+        self.file = file
+        self.faults = faults
+        self.lines: dict[Path, int] = {}
+        self.faulty = False
+
+    def read(self, text: str) -> Iterator[Document]:
+        try:
+            loader = _Loader(text)
+            while loader.check_node():
+                node = loader.get_node()
+                if node.tag != _TAG + "null":
+                    yield from self._document(node)
+        except yaml.MarkedYAMLError as e:
+            mark = e.problem_mark or e.context_mark
+            self._fault(mark.line + 1 if mark else 1, ", ".join(filter(None, (e.context, e.problem))))
+        except yaml.reader.ReaderError as e:
+            line = text.count("\n", 0, e.position) + 1
+            self._fault(line, f"the character #x{ord(str(e.character)):04x} is not allowed in YAML")
+        except RecursionError:
+            self._fault(1, "nested too deeply")
+
+    def _document(self, node: yaml.Node) -> Iterator[Document]:
+        self.lines = {(): _line(node)}
+        self.faulty = False
+        if not isinstance(node, yaml.MappingNode):
+            self._note(node, (), f"expected a document with kind and name, got {_shown(node)}")
+            return
+        kinds = [value for key, value in node.value if key.value == "kind"]
+        if not kinds:
+            self._note(node, (), f"missing key 'kind'; allowed: {', '.join(KINDS)}")
+        elif kinds[0].value not in list(KINDS):
+            self._note(kinds[0], (), unknown("kind", kinds[0].value, KINDS))
+        else:
+            spec = self._struct(KINDS[kinds[0].value].spec, node, (), beside=("kind",))
+            # A package is checked only if it could be read: its parts are needed for that.
+            if spec is not _BAD and not (self.faulty and isinstance(spec, PackageIn)):
+                yield Document(kinds[0].value, spec, self.file, self.lines)
+
+    def _fault(self, line: int, message: str) -> None:
+        self.faults.append((self.file, line, message))
+
+    def _note(self, node: yaml.Node, path: Path, message: str) -> Any:
+        self.faulty = True
+        self._fault(_line(node), f"{_text(path)}: {message}" if path else message)
+        return _BAD
+
+    def _entries(self, node: yaml.MappingNode, path: Path) -> dict[str, yaml.Node]:
+        entries: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or not storable(key.value):
+                self._note(key, path, f"expected a text as key, got {_shown(key)}")
+            elif key.value in entries:
+                first = _line(entries[key.value])
+                self._note(key, path, f"key {key.value!r} comes twice (first in line {first})")
+            else:
+                entries[key.value] = value
+        return entries
+
+    def _struct(self, cls: type[Struct], node: yaml.Node, path: Path, beside: Sequence[str] = ()) -> Any:
+        if not isinstance(node, yaml.MappingNode):
+            return self._note(node, path, f"expected keys and values, got {_shown(node)}")
+        entries = self._entries(node, path)
+        fields = {f.encode_name: f for f in structs.fields(cls)}
+        keys = {key.value: key for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+        for name in entries:
+            if name not in fields and name not in beside:
+                self._note(keys[name], path, unknown("key", name, [*beside, *fields]))
+        values: dict[str, Any] = {}
+        for name, f in fields.items():
+            value = _BAD
+            if name in entries:
+                value = self._value(f.type, entries[name], (*path, name))
+            elif f.required:
+                self._note(node, path, f"missing key {name!r}")
+            if value is not _BAD:
+                values[f.name] = value
+            elif f.required:
+                values[f.name] = () if get_origin(f.type) is tuple else ""
+        return cls(**values)
+
+    def _value(self, type_: Any, node: yaml.Node, path: Path) -> Any:
+        self.lines[path] = _line(node)
+        origin, args = get_origin(type_), get_args(type_)
+        if type_ is Any:
+            return self._plain(node, path)
+        if origin in (Union, UnionType):
+            if node.tag == _TAG + "null":
+                return None
+            (type_,) = (arg for arg in args if arg is not NoneType)
+            return self._value(type_, node, path)
+        if isinstance(type_, type) and issubclass(type_, Struct):
+            return self._struct(type_, node, path)
+        if origin is tuple:
+            if not isinstance(node, yaml.SequenceNode):
+                return self._note(node, path, f"expected a list, got {_shown(node)}")
+            items = [self._value(args[0], item, (*path, n)) for n, item in enumerate(node.value)]
+            return tuple(item for item in items if item is not _BAD)
+        if origin is dict:
+            if not isinstance(node, yaml.MappingNode):
+                return self._note(node, path, f"expected keys and values, got {_shown(node)}")
+            found = {k: self._value(args[1], v, (*path, k)) for k, v in self._entries(node, path).items()}
+            return {k: v for k, v in found.items() if v is not _BAD}
+        return self._scalar(type_, node, path)
+
+    def _scalar(self, type_: Any, node: yaml.Node, path: Path) -> Any:
+        base = get_args(type_)[0] if get_origin(type_) is Annotated else type_
+        choices = get_args(base) if get_origin(base) is Literal else ()
+        if isinstance(base, type) and issubclass(base, StrEnum):
+            choices = tuple(base)
+        if not isinstance(node, yaml.ScalarNode):
+            return self._note(node, path, f"expected {_expected(type_)}, got {_shown(node)}")
+        value = self._plain(node, path)
+        if value is _BAD:
+            return _BAD
+        if (base is str or choices) and value is not None:
+            value = node.value  # as it is written: version 1.10 is not 1.1
+        if choices and value is not None and value not in choices:
+            return self._note(node, path, unknown(str(path[-1]), value, choices))
+        try:
+            return grouping.parse_time(node.value) if base is datetime else msgspec.convert(value, type_)
+        except (msgspec.ValidationError, ValueError, OverflowError):
+            self._note(node, path, f"expected {_expected(type_)}, got {_shown(node)}")
+            return value if base is str and value is not None else _BAD  # what refers to it by name is no fault more
+
+    def _plain(self, node: yaml.Node, path: Path) -> Any:
+        """A node as JSON value."""
+        if isinstance(node, yaml.SequenceNode):
+            items = [self._plain(item, (*path, n)) for n, item in enumerate(node.value)]
+            return [item for item in items if item is not _BAD]
+        if isinstance(node, yaml.MappingNode):
+            found = {k: self._plain(v, (*path, k)) for k, v in self._entries(node, path).items()}
+            return {k: v for k, v in found.items() if v is not _BAD}
+        tag = str(node.tag).removeprefix(_TAG)
+        if tag == "str" and storable(node.value):
+            return node.value
+        if tag == "str":
+            return self._note(node, path, f"{node.value!r} has characters that cannot be stored")
+        if tag not in _SCALARS:
+            return self._note(node, path, f"the tag {node.tag} is not allowed")
+        try:
+            value = _SCALARS[tag][2](node.value)
+        except ValueError:
+            return self._note(node, path, f"{_shown(node)} is not a {tag}")
+        if isinstance(value, float) and not math.isfinite(value):
+            return self._note(node, path, f"{_shown(node)} is not a finite number")
+        return value
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _text(path: Path) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        text = str(node.value)
+        return repr(text if len(text) <= 60 else text[:57] + "...") if node.tag != _TAG + "null" else "nothing"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"
+
+
+def _expected(type_: Any) -> str:
+    base, *notes = get_args(type_) if get_origin(type_) is Annotated else (type_,)
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", datetime: "an ISO 8601 time"}
+    described = [n.description for n in notes if isinstance(n, Meta) and n.description]
+    return described[0] if described else words.get(base) or f"one of {', '.join(get_args(base) or base)}"
+
+
+# --- faults of documents by themselves ---
+
+_NoteAt = Callable[[Path, str], None]
+"""Notes a fault at a part of a document."""
+
+
+def load(sources: Sequence[tuple[str, str]]) -> Documents:
+    """Read documents and check all that can be checked without a database.
+
+    Args:
+        sources: (file name, YAML text) each; a text may hold many documents.
+
+    Raises:
+        DocumentError: with every fault of every file.
+    """
+    faults: list[Fault] = []
+    found: dict[tuple[str, str], Document] = {}
+    for file, text in sources:
+        for document in _Reader(file, faults).read(text):
+            key = document.kind, document.spec.name
+            _check(document.spec, lambda path, message, d=document: faults.append(d.fault(path, message)))  # type: ignore[misc]
+            first = found.setdefault(key, document)
+            if first is not document and document.spec.name:
+                place = f"{first.file}:{first.lines[()]}"
+                faults.append(document.fault(("name",), f"{key[0]} {key[1]!r} comes twice (first in {place})"))
+    _refuse(faults)
+    order = list(KINDS)
+    return Documents(tuple(sorted(found.values(), key=lambda d: order.index(d.kind))))
+
+
+def _check(spec: Any, note: _NoteAt) -> None:
+    match spec:
+        case Software():
+            _check_versions(spec, note)
+        case Grouping():
+            for n, rule in enumerate(spec.rules):
+                for fault in grouping.rule_faults(rule):
+                    note(("rules", n), f"rule {n + 1}: {fault}")
+        case Pipeline():
+            _check_pipeline(spec, note)
+        case PackageIn():
+            for fault in catalogue.package_faults(spec):
+                note(tuple(fault.split(":")[0].split(".")), fault)
+
+
+def _check_versions(spec: Software, note: _NoteAt) -> None:
+    known: dict[Version, str] = {}
+    for n, v in enumerate(spec.versions):
+        version = _version(v.version, ("versions", n, "version"), note)
+        if version and known.setdefault(version, v.version) is not v.version:
+            note(("versions", n, "version"), f"version {v.version} comes twice (as {known[version]})")
+        if not v.command:
+            note(("versions", n, "command"), f"command of version {v.version} is empty: give the program to run")
+
+
+def _version(text: str, path: Path, note: _NoteAt) -> Version | None:
+    try:
+        return Version(text)
+    except InvalidVersion:
+        note(path, f"{text!r} is not a version such as 1.4.0")
+        return None
+
+
+# What nobody has means a slip of the pen: (allowed from, up to, unit); the lower bound of all but gpu is excluded.
+_RESOURCE_LIMITS = {
+    "cpu": (0, 4096, "cores"),
+    "memory_gb": (0, 65_536, "GB"),
+    "time_hours": (0, 8784, "hours"),
+    "gpu": (-1, 1024, "GPUs"),
+}
+
+
+def _check_pipeline(spec: Pipeline, note: _NoteAt) -> None:
+    if spec.trigger_type is TriggerType.CRON:
+        note(("trigger",), "trigger: CRON is not in this version yet; allowed: CONTINUOUS, MANUAL")
+    if not spec.steps:
+        note(("steps",), "steps: a pipeline needs at least one step")
+    steps: dict[str, Step] = {}
+    for n, step in enumerate(spec.steps):
+        if step.name and steps.setdefault(step.name, step) is not step:
+            note(("steps", n, "name"), f"step {step.name!r} comes twice")
+    for n, step in enumerate(spec.steps):
+        _check_step(step, steps, lambda path, message, n=n: note(("steps", n, *path), message))  # type: ignore[misc]
+    graph = {name: [d for d in step.depends_on if d in steps] for name, step in steps.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as e:
+        cycle = e.args[1][::-1]
+        first = next(n for n, step in enumerate(spec.steps) if step.name == cycle[0])
+        note(("steps", first, "depends_on"), f"steps depend on each other in a circle: {' → '.join(cycle)}")
+
+
+def _check_step(step: Step, steps: Mapping[str, Step], note: _NoteAt) -> None:
+    if step.version:
+        _version(step.version, ("version",), note)
+    elif step.version_policy is VersionPolicy.PINNED:
+        note(("version_policy",), f"step {step.name!r} is pinned: it needs a version")
+    for fault in grouping.validate_group_by(step.group_by):
+        note(("group_by",), f"group_by: {fault}")
+    for n, name in enumerate(step.depends_on):
+        if name in step.depends_on[:n]:
+            note(("depends_on", n), f"depends_on: {name!r} comes twice")
+        elif name not in steps:
+            note(("depends_on", n), unknown("step", name, steps))
+        elif not grouping.validate_group_by([*steps[name].group_by]) + grouping.validate_group_by([*step.group_by]):
+            finer = ", ".join(steps[name].group_by) or "nothing"
+            for dimension in grouping.determines(steps[name].group_by, step.group_by):
+                text = f"is grouped by {dimension}, which the units of {name!r} (grouped by {finer}) do not determine"
+                note(("depends_on", n), f"step {step.name!r} {text}: a step must be as coarse as what it depends on")
+    for resource, (low, high, unit) in _RESOURCE_LIMITS.items():
+        value = getattr(step.resources, resource)
+        if value is not None and not low < value <= high:
+            note(("resources", resource), f"resources: {resource} {value:g} is not between 0 and {high} {unit}")
+    for variable in step.environment:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+            note(("environment", variable), f"environment: {variable!r} is not the name of a variable")
+        elif variable.startswith("WORKFLOW_"):
+            note(("environment", variable), f"environment: {variable} belongs to wfm: WORKFLOW_* cannot be set")
+
+
+# --- reading ---
+
+
+def get(conn: Connection, kind: str, name: str | None = None) -> list[dict[str, Any]]:
+    """Documents as they could be applied again, in the order of their names; JSON-safe.
+
+    Raises:
+        UsageError: no such kind. NotFoundError: no such name.
+    """
+    _known_kind(kind)
+    found = _read(conn, kind, None if name is None else [name])
+    if name is not None and not found:
+        raise NotFoundError(unknown(kind, name, _names(conn, kind)))
+    return [{"kind": kind, **document} for document in found.values()]
+
+
+def _known_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise UsageError(unknown("kind", kind, KINDS))
+
+
+def _names(conn: Connection, kind: str) -> list[str]:
+    table = KINDS[kind].table
+    there = [table.c.deleted_at.is_(None)] if "deleted_at" in table.c else []
+    return list(conn.scalars(select(table.c.name).where(*there).order_by(table.c.name)))
+
+
+def _columns(spec: type[Struct], table: Table) -> dict[str, Column[Any]]:
+    """By key of a document, the column it goes to."""
+    found = {}
+    for f in structs.fields(spec):
+        if f.name in table.c:
+            found[f.encode_name] = table.c[f.name]
+        elif f.name in KINDS:
+            (found[f.encode_name],) = (c for c in table.c if target(c) is KINDS[f.name].table)
+    return found
+
+
+def _rows(
+    conn: Connection, spec: type[Struct], table: Table, where: Sequence[ColumnElement[bool]], order: Column[Any]
+) -> dict[int, dict[str, Any]]:
+    """By id, what the columns of a table say in a document's words."""
+    shown: list[Any] = []
+    for key, column in _columns(spec, table).items():
+        referred = target(column)
+        if referred is not None:
+            name = select(referred.c.name).where(referred.c.id == column).scalar_subquery()
+            shown.append(name.label(key))
+        else:
+            shown.append(column.label(key))
+    rows = conn.execute(select(table.c.id.label(""), *shown).where(*where).order_by(order)).mappings()
+    return {row[""]: {key: value for key, value in row.items() if key} for row in rows}
+
+
+def _read(conn: Connection, kind: str, names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """By name, documents without their kind."""
+    if kind == "raw_data_package":
+        return {name: msgspec.to_builtins(package) for name, package in catalogue.read(conn, names).items()}
+    table = KINDS[kind].table
+    where = [] if names is None else [table.c.name.in_(names)]
+    if kind == "pipeline":
+        where.append(table.c.deleted_at.is_(None))
+    things = _rows(conn, KINDS[kind].spec, table, where, table.c.name)
+    match kind:
+        case "software":
+            child = schema.software_version
+            _adopt(things, "versions", child.c.software_id, conn, SoftwareVersion, [], child.c.id)
+        case "config":
+            revision = schema.config_revision.c
+            newest = select(revision.config_id, revision.parameters).distinct(revision.config_id)
+            rows = conn.execute(
+                newest.where(revision.config_id.in_(things)).order_by(revision.config_id, revision.revision.desc())
+            )
+            parameters = {row.config_id: row.parameters for row in rows}
+            for i, thing in things.items():
+                thing["parameters"] = parameters.get(i, {})
+        case "pipeline":
+            step = schema.reduction_step
+            steps = _adopt(things, "steps", step.c.pipeline_id, conn, Step, [step.c.active], step.c.position)
+            upstream = step.alias()
+            edge = schema.step_dependency.c
+            depends = select(edge.step_id, upstream.c.name).join(upstream, upstream.c.id == edge.upstream_id)
+            for i, thing in steps.items():
+                thing["depends_on"] = []
+            for i, name in conn.execute(depends.where(edge.step_id.in_(steps)).order_by(upstream.c.name)):
+                steps[i]["depends_on"].append(name)
+    return {thing["name"]: thing for thing in things.values()}
+
+
+def _adopt(
+    things: Mapping[int, dict[str, Any]],
+    key: str,
+    parent: Column[Any],
+    conn: Connection,
+    spec: type[Struct],
+    where: Sequence[ColumnElement[bool]],
+    order: Column[Any],
+) -> dict[int, dict[str, Any]]:
+    """Put what belongs to some things into them as the list `key`; returns it by id."""
+    table: Table = parent.table  # type: ignore[assignment]
+    rows = _rows(conn, spec, table, [parent.in_(things), *where], order)
+    owners = dict(conn.execute(select(table.c.id, parent).where(table.c.id.in_(rows))).tuples())
+    for thing in things.values():
+        thing[key] = []
+    for i, row in rows.items():
+        things[owners[i]][key].append(row)
+    return rows
+
+
+# --- comparing ---
+
+
+class Difference(Struct, frozen=True):
+    """One field that is, or will be, another; None where there is none."""
+
+    field: str
+    old: Any
+    new: Any
+
+
+class Change(Struct, frozen=True):
+    """What applying a document does."""
+
+    kind: str
+    name: str
+    action: Literal["create", "update", "unchanged"]
+    differences: tuple[Difference, ...] = ()
+
+
+_LISTS_BY = {"steps": "name", "versions": "version", "files": "name"}
+"""Lists whose items are told apart by a key, not by their place."""
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two JSON values are equal as jsonb sees it: true is not 1, but 1e23 is the whole number."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (a, b)):
+        return type(a) is type(b) and bool(a == b)
+    return Decimal(repr(a)) == Decimal(repr(b))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[Difference]:
+    by = _LISTS_BY.get(path)
+    if by and isinstance(old, list) and isinstance(new, list):
+        old, new = ({item[by]: item for item in items} for items in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif not _same(old, new):
+        yield Difference(path, old, new)
+
+
+def plan(conn: Connection, documents: Documents, *, location_id: int) -> list[Change]:
+    """What `apply` would change, one entry per document, in the order of their application.
+
+    Args:
+        location_id: the instance's own location, for pipelines that name none.
+
+    Raises:
+        DocumentError: with everything that does not fit the database.
+    """
+    return [c.change for c in _compare(conn, documents, location_id)]
+
+
+class _Compared(Struct, frozen=True):
+    """A document, what there is (empty if nothing), what is to be, and how they differ."""
+
+    document: Document
+    old: dict[str, Any]
+    new: dict[str, Any]
+    change: Change
+
+
+def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_Compared]:
+    own = _own_location(conn, documents, location_id)
+    compared = []
+    for kind in KINDS:
+        named = documents.of(kind)
+        if kind == "raw_data_package":
+            at = {name: document.spec.location for name, document in named.items()}
+            there = {n: msgspec.to_builtins(p) for n, p in catalogue.read(conn, list(at), at=at).items()}
+        else:
+            there = _read(conn, kind, list(named)) if named else {}
+        for name, document in named.items():
+            old = there.get(name, {})
+            new = _completed(kind, msgspec.to_builtins(document.spec), old, own)
+            differences = tuple(_differences(old, new))
+            action: Literal["create", "update", "unchanged"] = "update" if differences else "unchanged"
+            compared.append(_Compared(document, old, new, Change(kind, name, action if old else "create", differences)))
+    faults = [*_reference_faults(conn, documents), *_package_faults(conn, documents)]
+    for kind, check in (("location", _location_faults), ("software", _version_faults), ("pipeline", _pipeline_faults)):
+        faults += check(conn, [c for c in compared if c.document.kind == kind], compared)
+    _refuse(faults)
+    return compared
+
+
+def _own_location(conn: Connection, documents: Documents, location_id: int) -> str | None:
+    table = schema.data_location.c
+    planned = [name for name, document in documents.of("location").items() if document.spec.id == location_id]
+    return next(iter(planned), None) or conn.scalar(select(table.name).where(table.id == location_id))
+
+
+def _completed(kind: str, new: dict[str, Any], old: Mapping[str, Any], own: str | None) -> dict[str, Any]:
+    """What a document leaves open, taken from what is there; and lists without order in one order."""
+    match kind:
+        case "location":
+            new["id"] = new["id"] or old.get("id")
+        case "software":
+            had = {v["version"]: v for v in old.get("versions", ())}
+            for version in new["versions"]:
+                before = had.pop(version["version"], {})
+                version["state"] = version["state"] or before.get("state", "active")
+            new["versions"] = [*had.values(), *new["versions"]]
+        case "pipeline":
+            new["location"] = new["location"] or old.get("location", own)
+            new["enabled"] = old.get("enabled", True) if new["enabled"] is None else new["enabled"]
+            for step in new["steps"]:
+                step["group_by"], step["depends_on"] = sorted(step["group_by"]), sorted(step["depends_on"])
+        case "raw_data_package":
+            before, observation = old.get("executed_obs_unit", {}), new["executed_obs_unit"]
+            new["executed_obs_unit"] = {k: before.get(k) if v is None else v for k, v in observation.items()}
+            new["instrument"] = new["instrument"] or old.get("instrument")
+    return new
+
+
+def _references(spec: Struct, path: Path = ()) -> Iterator[tuple[Path, str, str]]:
+    """Everything a document names: where, its kind, its name."""
+    for f in structs.fields(spec):
+        value, here = getattr(spec, f.name), (*path, f.encode_name)
+        if f.name in KINDS and value is not None:
+            yield here, f.name, value
+        elif isinstance(value, tuple):
+            for n, item in enumerate(value):
+                if isinstance(item, Struct):
+                    yield from _references(item, (*here, n))
+
+
+def _reference_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
+    known: dict[str, list[str]] = {}
+    for document in documents.items:
+        if document.kind == "raw_data_package":
+            continue  # what it names is created with it
+        for path, kind, name in _references(document.spec):
+            if kind not in known:
+                known[kind] = sorted({*_names(conn, kind), *documents.of(kind)})
+            if name not in known[kind]:
+                yield document.fault(path, unknown(kind, name, known[kind]))
+
+
+def _package_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
+    packages = list(documents.of("raw_data_package").values())
+    if packages:
+        planned = {kind.table.name: documents.of(name) for name, kind in KINDS.items()}
+        for n, message in catalogue.check(conn, [p.spec for p in packages], planned=planned):
+            yield packages[n].fault((), message)
+
+
+def _location_faults(conn: Connection, locations: Sequence[_Compared], _: Sequence[_Compared]) -> Iterator[Fault]:
+    table = schema.data_location.c
+    taken = {i: name for name, i in conn.execute(select(table.name, table.id)).tuples()} if locations else {}
+    for c in locations:
+        i, name = c.new["id"], c.change.name
+        if c.old and i != c.old["id"]:
+            yield c.document.fault(("id",), f"location {name!r} has the id {c.old['id']}, which cannot change")
+        elif i is not None and taken.setdefault(i, name) != name:
+            yield c.document.fault(("id",), f"id {i} belongs to location {taken[i]!r}")
+
+
+def _version_faults(conn: Connection, software: Sequence[_Compared], _: Sequence[_Compared]) -> Iterator[Fault]:
+    """What a version runs is part of the history of its runs."""
+    version, run = schema.software_version.c, schema.run.c
+    for c in software:
+        had = {v["version"]: v for v in c.old.get("versions", ())}
+        for n, v in enumerate(c.document.spec.versions):
+            new = next(w for w in c.new["versions"] if w["version"] == v.version)
+            before = had.get(v.version, new)
+            changed = [key for key in ("command", "image", "sif") if not _same(before[key], new[key])]
+            used = select(run.id).where(
+                run.software_version_id == version.id,
+                version.version == v.version,
+                version.software_id == schema.software.c.id,
+                schema.software.c.name == c.change.name,
+            )
+            if changed and conn.scalar(used.limit(1)) is not None:
+                yield c.document.fault(
+                    ("versions", n, changed[0]),
+                    f"version {v.version} of {c.change.name!r} has been used by a run: its {', '.join(changed)}"
+                    " cannot change any more; give a new version",
+                )
+
+
+def _pipeline_faults(
+    conn: Connection, pipelines: Sequence[_Compared], compared: Sequence[_Compared]
+) -> Iterator[Fault]:
+    planned = {(c.document.kind, c.change.name): c.new for c in compared}
+
+    def thing(kind: str, name: str) -> Mapping[str, Any]:
+        return planned.get((kind, name)) or _read(conn, kind, [name]).get(name, {})
+
+    for c in pipelines:
+        name, location = c.change.name, c.new["location"]
+        if location is None:
+            yield c.document.fault(("location",), "location: name one; this instance's own is not in the catalogue")
+        elif thing("location", location).get("type", "processing") != "processing":
+            kind = thing("location", location)["type"]
+            yield c.document.fault(("location",), f"location {location!r} is of type {kind}; allowed: processing")
+        home = _home_of_runs(conn, name)
+        if home not in (None, location):
+            yield c.document.fault(
+                ("location",), f"pipeline {name!r} has results at {home!r} and cannot move to {location!r}"
+            )
+        for n, step in enumerate(c.document.spec.steps):
+            versions = [v["version"] for v in thing("software", step.software).get("versions", ())]
+            if step.version_policy is VersionPolicy.PINNED and step.version not in versions:
+                message = unknown(f"version of {step.software!r}", step.version, versions)
+                yield c.document.fault(("steps", n, "version"), message)
+
+
+def _home_of_runs(conn: Connection, pipeline: str) -> str | None:
+    """The location of a pipeline (also a deleted one) that has runs."""
+    p, location = schema.pipeline.c, schema.data_location
+    has_runs = select(schema.run.c.id).where(schema.run.c.pipeline_id == p.id).exists()
+    home = select(location.c.name).join(schema.pipeline, p.location_id == location.c.id)
+    return conn.scalar(home.where(p.name == pipeline, has_runs))
+
+
+# --- applying ---
+
+
+class Applied(Struct, frozen=True):
+    """What `apply` did; the events are to be published after the commit."""
+
+    changes: list[Change]
+    pipeline_ids_changed: list[int]
+    event_ids: list[int]
+
+
+def apply(conn: Connection, documents: Documents, *, location_id: int, actor: str, reason: str = "") -> Applied:
+    """Make the database say what the documents say; applying the same again changes nothing.
+
+    Every pipeline that changed, or that uses something that changed, gets a ``pipeline.changed`` event.
+
+    Args:
+        location_id: the instance's own location, for pipelines that name none.
+
+    Raises:
+        DocumentError: with everything that does not fit the database; nothing was written.
+    """
+    lock(conn)
+    compared = _compare(conn, documents, location_id)
+    changes = [c.change for c in compared]
+    for kind in KINDS:
+        todo = [c for c in compared if c.document.kind == kind and c.change.action != "unchanged"]
+        if todo and kind != "raw_data_package":
+            _write(conn, kind, todo)
+    affected = _affected(conn, changes)
+    events = [(p.location_id, PipelineChanged(pipeline=p.name, pipeline_id=p.id)) for p in affected]
+    event_ids = emit(conn, events, actor=actor, reason=reason)
+    packages = [c.document.spec for c in compared if c.document.kind == "raw_data_package"]
+    if packages:
+        event_ids += catalogue.register(conn, packages, actor=actor, reason=reason).event_ids
+    return Applied(changes, [p.id for p in affected], event_ids)
+
+
+def _write(conn: Connection, kind: str, todo: Sequence[_Compared]) -> None:
+    spec, table = KINDS[kind].spec, KINDS[kind].table
+    rows = _values(conn, spec, table, [c.new for c in todo])
+    if kind == "location":
+        # Chosen ids and ids of the sequence would collide, so all are chosen here; `lock` makes that safe.
+        last = conn.scalar(select(func.coalesce(func.max(table.c.id), 0))) or 0
+        last = max([last, *(row["id"] or 0 for row in rows)])
+        for row in rows:
+            row["id"] = row["id"] or (last := last + 1)
+    if kind == "pipeline":
+        rows = [{**row, "deleted_at": None} for row in rows]
+    ids = upsert(conn, table, rows)
+    match kind:
+        case "software":
+            version = schema.software_version
+            for i, c in zip(ids, todo, strict=True):
+                versions = _values(conn, SoftwareVersion, version, c.new["versions"])
+                upsert(conn, version, [{"software_id": i, **v} for v in versions], ("software_id", "version"))
+        case "config":
+            for i, c in zip(ids, todo, strict=True):
+                if not c.old or not _same(c.old["parameters"], c.new["parameters"]):
+                    _write_revision(conn, i, c.new["parameters"])
+        case "pipeline":
+            for i, c in zip(ids, todo, strict=True):
+                _write_steps(conn, i, c.new["steps"])
+
+
+def _values(
+    conn: Connection, spec: type[Struct], table: Table, things: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of a table, by column name: names become ids."""
+    columns = _columns(spec, table)
+    ids: dict[str, dict[str, int]] = {}
+    for key, column in columns.items():
+        referred = target(column)
+        if referred is not None:
+            named = referred.c.name.in_({thing[key] for thing in things} - {None})
+            ids[key] = dict(conn.execute(select(referred.c.name, referred.c.id).where(named)).tuples())
+    return [
+        {c.name: ids[key].get(thing[key]) if key in ids else thing[key] for key, c in columns.items()}
+        for thing in things
+    ]
+
+
+def _write_revision(conn: Connection, config_id: int, parameters: Mapping[str, Any]) -> None:
+    table = schema.config_revision
+    text = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
+    last = select(func.coalesce(func.max(table.c.revision), 0) + 1).where(table.c.config_id == config_id)
+    conn.execute(
+        insert(table).values(
+            config_id=config_id,
+            revision=last.scalar_subquery(),
+            parameters=parameters,
+            hash=hashlib.sha256(text.encode()).hexdigest(),
+        )
+    )
+
+
+def _write_steps(conn: Connection, pipeline_id: int, steps: Sequence[Mapping[str, Any]]) -> None:
+    table, edge = schema.reduction_step, schema.step_dependency
+    steps = _topological(steps)
+    upstream = {name for step in steps for name in step["depends_on"]}
+    rows = [
+        {
+            **row,
+            "pipeline_id": pipeline_id,
+            "position": n,
+            "dims": grouping.canonical(row["group_by"]),
+            "final": row["name"] not in upstream,
+            "active": True,
+        }
+        for n, row in enumerate(_values(conn, Step, table, steps))
+    ]
+    ids = dict(zip((row["name"] for row in rows), upsert(conn, table, rows, ("pipeline_id", "name")), strict=True))
+    mine = table.c.pipeline_id == pipeline_id
+    gone = update(table).where(mine, table.c.name.not_in(ids))
+    conn.execute(gone.values(active=False, paused_by="", paused_reason=""))
+    conn.execute(sql_delete(edge).where(edge.c.step_id.in_(select(table.c.id).where(mine))))
+    edges = [{"step_id": ids[step["name"]], "upstream_id": ids[name]} for step in steps for name in step["depends_on"]]
+    if edges:
+        conn.execute(insert(edge), edges)
+
+
+def _topological(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Steps after those they depend on, otherwise in the order given; `load` has excluded circles."""
+    ordered: list[Mapping[str, Any]] = []
+    left = list(steps)
+    while left:
+        done = {step["name"] for step in ordered}
+        ordered.append(next(step for step in left if done.issuperset(step["depends_on"])))
+        left.remove(ordered[-1])
+    return ordered
+
+
+def _affected(conn: Connection, changes: Sequence[Change]) -> Sequence[Any]:
+    """Id, name and location of the pipelines that changed or use what changed."""
+    names = defaultdict(list)
+    for c in changes:
+        if c.action != "unchanged":
+            names[c.kind].append(c.name)
+    p, step = schema.pipeline.c, schema.reduction_step.c
+
+    def ids(kind: str) -> Any:
+        table = KINDS[kind].table
+        return select(table.c.id).where(table.c.name.in_(names[kind]))
+
+    using = step.software_id.in_(ids("software")) | step.config_id.in_(ids("config"))
+    uses = p.id.in_(select(step.pipeline_id).where(step.active, using)) | p.grouping_id.in_(ids("grouping"))
+    affected: ColumnElement[bool] = p.name.in_(names["pipeline"]) | uses
+    seen = {k for k, kind in KINDS.items() if kind.table.name in grouping.TABLES} - {"raw_data_package"}
+    if any(c.action == "update" and c.kind in seen for c in changes):
+        affected = true()  # any rule may look at any entry of the catalogue
+    live = select(p.id, p.name, p.location_id).where(p.deleted_at.is_(None), affected)
+    return conn.execute(live.order_by(p.id)).all()
+
+
+# --- deleting ---
+
+_OWNED = {
+    "software": (schema.software_version,),
+    "config": (schema.config_revision,),
+    "raw_data_package": (schema.raw_data_file, schema.physical_copy),
+}
+"""Rows that go with the thing they belong to."""
+
+
+def delete(conn: Connection, kind: str, name: str, *, actor: str, reason: str = "") -> list[int]:
+    """Delete a thing that nothing uses. A pipeline is only marked: its steps, runs and products stay as history.
+
+    Returns:
+        ids of the events to publish after the commit.
+
+    Raises:
+        UsageError: no such kind. NotFoundError: no such name.
+        RefusedError: it is used (the text lists by what), or the pipeline has active runs.
+    """
+    _known_kind(kind)
+    lock(conn)
+    table = KINDS[kind].table
+    if name not in (names := _names(conn, kind)):
+        raise NotFoundError(unknown(kind, name, names))
+    i = conn.execute(select(table.c.id).where(table.c.name == name).with_for_update()).scalar_one()
+    if kind == "pipeline":
+        return _delete_pipeline(conn, i, name, actor, reason)
+    owned = {t: next(c for c in t.c if target(c) is table) for t in _OWNED.get(kind, ())}
+    things = {table: [i], **{t: list(conn.scalars(select(t.c.id).where(c == i))) for t, c in owned.items()}}
+    users = list(_users(conn, things, owned))
+    if users:
+        raise RefusedError(f"{kind} {name!r} is used by {'; '.join(users)}; what is used, or was, stays")
+    for t in reversed(things):
+        conn.execute(sql_delete(t).where(t.c.id.in_(things[t])))
+    return []
+
+
+def _delete_pipeline(conn: Connection, i: int, name: str, actor: str, reason: str) -> list[int]:
+    p, step, run = schema.pipeline, schema.reduction_step, schema.run.c
+    active = conn.scalar(select(func.count()).where(run.pipeline_id == i, run.state.in_(ACTIVE_STATES)))
+    if active:
+        hint = "cancel them, or disable the pipeline and let them end"
+        raise RefusedError(f"pipeline {name!r} has {active} active runs: {hint}, then delete it")
+    quiet = {"paused_by": "", "paused_reason": ""}
+    conn.execute(update(step).where(step.c.pipeline_id == i).values(active=False, **quiet))
+    marked = update(p).where(p.c.id == i).values(deleted_at=func.now(), **quiet).returning(p.c.location_id)
+    event = PipelineChanged(pipeline=name, pipeline_id=i)
+    return emit(conn, [(conn.execute(marked).scalar_one(), event)], actor=actor, reason=reason)
+
+
+def _users(
+    conn: Connection, things: Mapping[Table, Sequence[int]], owned: Mapping[Table, Column[Any]]
+) -> Iterator[str]:
+    """What refers to some rows, by table: names where there are some, else how many."""
+    for table in schema.metadata.sorted_tables:
+        refers = [c.in_(things[t]) for c in table.c if (t := target(c)) in things and c is not owned.get(table)]
+        if not refers:
+            continue
+        count = conn.scalar(select(func.count()).select_from(table).where(or_(*refers))) or 0
+        if count and "name" in table.c:
+            pipelines = select(schema.pipeline.c.name).where(schema.pipeline.c.id == table.c.get("pipeline_id"))
+            label = pipelines.scalar_subquery() + "/" + table.c.name if "pipeline_id" in table.c else table.c.name
+            named = conn.scalars(select(label).where(or_(*refers)).order_by(label).limit(5))
+            yield f"{table} {', '.join(named)}" + (f" and {count - 5} more" if count > 5 else "")
+        elif count:
+            yield f"{count} rows of {table}"
