@@ -79,7 +79,7 @@ class FileIn(Struct, frozen=True, forbid_unknown_fields=True):
     checksum: str
 
 
-class ExecutedIn(Struct, frozen=True, forbid_unknown_fields=True):
+class ExecutedObsUnitIn(Struct, frozen=True, forbid_unknown_fields=True):
     """The observation that made a package. What is None stays as the catalogue has it.
 
     A new one needs its `obs_unit`; obs_unit, source and program are created when the catalogue lacks them.
@@ -99,13 +99,13 @@ class PackageIn(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A raw data package and where it lies.
 
     Attributes:
-        instrument: needed only where `instrument_module` is new.
+        instrument: needed only where `module` is new.
         location: name of a data location. path: the package's directory there, relative to its root or absolute.
     """
 
     name: str
-    executed_obs_unit: ExecutedIn
-    instrument_module: str
+    executed_obs_unit: ExecutedObsUnitIn
+    module: str
     instrument: str | None = None
     state: PackageState = "archived"
     metadata: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def package_faults(package: PackageIn) -> list[str]:
         "executed_obs_unit.obs_unit": o.obs_unit,
         "executed_obs_unit.source": o.source,
         "executed_obs_unit.program": o.program,
-        "instrument_module": package.instrument_module,
+        "module": package.module,
         "instrument": package.instrument,
     }
     faults = [
@@ -269,7 +269,9 @@ def _examine(
 ) -> tuple[_Entries, list[Fault]]:
     faults = [(n, f"package {p.name!r}: {fault}") for n, p in enumerate(packages) for fault in package_faults(p)]
     first: dict[str, int] = {}
-    faults += [(n, f"package {p.name!r} comes twice") for n, p in enumerate(packages) if first.setdefault(p.name, n) != n]
+    faults += [
+        (n, f"package {p.name!r} comes twice") for n, p in enumerate(packages) if first.setdefault(p.name, n) != n
+    ]
     locations = sorted({*conn.scalars(select(data_location.c.name)), *planned.get(data_location.name, ())})
     faults += [
         (n, f"package {p.name!r}: {unknown('location', p.location, locations)}")
@@ -313,7 +315,7 @@ def _entries(packages: Sequence[PackageIn], faults: list[Fault]) -> _Entries:
     for n, p in enumerate(packages):
         o = p.executed_obs_unit
         name(n, instrument, p.instrument)
-        name(n, instrument_module, p.instrument_module, p.instrument)
+        name(n, instrument_module, p.module, p.instrument)
         name(n, source, o.source)
         name(n, observing_program, o.program)
         name(n, obs_unit, o.obs_unit, o.source, o.program, o.line)
@@ -459,7 +461,7 @@ def _write_packages(
         p.name: {
             "name": p.name,
             "executed_obs_unit_id": ids[executed_obs_unit][p.executed_obs_unit.name],
-            "instrument_module_id": ids[instrument_module][p.instrument_module],
+            "instrument_module_id": ids[instrument_module][p.module],
             "state": p.state,
             "size": p.size,
             "item": str(p.item),
@@ -547,7 +549,7 @@ def read(
     where = "WHERE p.name = ANY(:names)" if names is not None else ""
     rows = conn.execute(
         text(f"""
-        SELECT p.name, p.state, p.metadata, m.name AS instrument_module, i.name AS instrument,
+        SELECT p.name, p.state, p.metadata, m.name AS module, i.name AS instrument,
             jsonb_build_object('name', e.name, 'obs_unit', o.name, 'source', s.name, 'program', g.name, 'line', o.line,
                 'started_at', e.started_at, 'ended_at', e.ended_at) AS executed_obs_unit,
             (SELECT coalesce(jsonb_agg(jsonb_build_object('name', f.name, 'size', f.size, 'checksum', f.checksum)

@@ -118,15 +118,16 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     def redis_address(self) -> tuple[str, dict[str, Any]]:
         """The URL and the keyword arguments (login, TLS files) for `redis.Redis.from_url`."""
-        url, options = self.redis_url, {}
+        url = self.redis_url
+        options = {
+            "ssl_ca_certs": self.redis_tls_ca_file,
+            "ssl_certfile": self.redis_tls_cert_file,
+            "ssl_keyfile": self.redis_tls_key_file,
+        }
         if not url:
             host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
             url = f"{'rediss' if self.redis_tls else 'redis'}://{host}:{self.redis_port}/{self.redis_db}"
-            options = {"username": self.redis_username, "password": self.redis_password}
-        if url.startswith("rediss://"):
-            options["ssl_ca_certs"] = self.redis_tls_ca_file
-            options["ssl_certfile"] = self.redis_tls_cert_file
-            options["ssl_keyfile"] = self.redis_tls_key_file
+            options |= {"username": self.redis_username, "password": self.redis_password}
         return url, {name: value for name, value in options.items() if value}
 
     def describe(self) -> list[tuple[str, str, str]]:
@@ -167,7 +168,7 @@ def load(environ: Environ | None = None, files: Sequence[Path] = ()) -> Settings
     if faults:
         raise ConfigError(faults)
 
-    home = str(values["home"].absolute())
+    home = str(values["home"])
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
     values |= {name: Path(str(path).replace("{home}", home)).absolute() for name, path in paths.items()}
     values["database_url"] = _with_driver(values["database_url"])
@@ -231,7 +232,8 @@ def _layer(env: str, files: Sequence[Path], given: Found, faults: list[str]) -> 
 
     # dynaconf layers and remembers, but does not read: its readers would make numbers of passwords, expand
     # "@…" in them, and run a dynaconf_hooks.py that lies beside a settings file.
-    layers = Dynaconf(loaders=[], auto_cast=False)
+    layers = Dynaconf(loaders=[])
+    layers.set("AUTO_CAST_FOR_DYNACONF", False)  # as an argument, a variable of that name would overrule it
     for path in (SHIPPED_FILE, *(file.absolute() for file in files)):
         sections = _read(path, faults)
         for section in ("default", env):
@@ -295,7 +297,6 @@ def _contradictions(env: str, values: Mapping[str, Any], sources: Mapping[str, s
     for low, high in (("retry_backoff_seconds", "retry_backoff_max_seconds"), ("poll_seconds", "poll_max_seconds")):
         if low in values and high in values and values[low] > values[high]:
             yield f"{low} = {values[low]}: allowed is at most {high} = {values[high]}"
-
     files = {name: values[name] for name in SETTINGS if name.startswith("redis_tls_") and values.get(name)}
     if "redis_url" in values and "redis_tls" in values:
         url, tls = values["redis_url"], values["redis_tls"]
@@ -306,7 +307,6 @@ def _contradictions(env: str, values: Mapping[str, Any], sources: Mapping[str, s
     for name, path in files.items():
         if not Path(path).is_file():
             yield f"{name} = {path!r}: no such file"
-
     if values.get("database_url") == "":
         redis = [name for name in SETTINGS if name.startswith("redis_") and sources[name] != "default"]
         if redis or env in ("staging", "production"):

@@ -24,7 +24,8 @@ import msgspec
 import yaml
 from msgspec import Meta, Struct, field, structs
 from packaging.version import InvalidVersion, Version
-from sqlalchemy import Column, ColumnElement, Connection, Table, delete as sql_delete, func, or_, select, true, update
+from sqlalchemy import Column, ColumnElement, Connection, Table, func, or_, select, true, update
+from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects.postgresql import insert
 
 from wfm import catalogue, grouping, schema
@@ -49,18 +50,14 @@ NotNegative = Annotated[float, Meta(ge=0, description="a number, not negative")]
 # --- kinds ---
 
 
-class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class Site(_Spec, frozen=True):
+class Site(Struct, frozen=True, kw_only=True):
     """A place."""
 
     name: Label
     description: str = ""
 
 
-class Location(_Spec, frozen=True):
+class Location(Struct, frozen=True, kw_only=True):
     """A place for data. `id` may be chosen for a new one (instances know their location by it)."""
 
     name: Label
@@ -69,17 +66,17 @@ class Location(_Spec, frozen=True):
     storage: Literal["disk", "s3", "tape"] = "disk"
     root: str = ""
     priority: Small = 0
-    id: Annotated[int, Meta(ge=1, lt=1 << 63, description="a whole number, 1 or more")] | None = None
+    id: Annotated[int, Meta(ge=1, le=1 << 53, description="a whole number, 1 or more")] | None = None
 
 
-class Instrument(_Spec, frozen=True):
+class Instrument(Struct, frozen=True, kw_only=True):
     """An instrument."""
 
     name: Label
     description: str = ""
 
 
-class Module(_Spec, frozen=True):
+class Module(Struct, frozen=True, kw_only=True):
     """A part of an instrument that takes data of its own."""
 
     name: Label
@@ -87,7 +84,7 @@ class Module(_Spec, frozen=True):
     description: str = ""
 
 
-class Source(_Spec, frozen=True):
+class Source(Struct, frozen=True, kw_only=True):
     """What is observed."""
 
     name: Label
@@ -95,14 +92,14 @@ class Source(_Spec, frozen=True):
     metadata: dict[str, Any] = {}
 
 
-class Program(_Spec, frozen=True):
+class Program(Struct, frozen=True, kw_only=True):
     """An observing program."""
 
     name: Label
     description: str = ""
 
 
-class ObsUnit(_Spec, frozen=True):
+class ObsUnit(Struct, frozen=True, kw_only=True):
     """A planned observation, which may be executed many times."""
 
     name: Label
@@ -112,7 +109,7 @@ class ObsUnit(_Spec, frozen=True):
     metadata: dict[str, Any] = {}
 
 
-class SoftwareVersion(_Spec, frozen=True):
+class SoftwareVersion(Struct, frozen=True, kw_only=True):
     """One version of a reduction software. `state` stays as it is where it is not given."""
 
     version: str
@@ -122,7 +119,7 @@ class SoftwareVersion(_Spec, frozen=True):
     state: Literal["active", "deprecated", "revoked"] | None = None
 
 
-class Software(_Spec, frozen=True):
+class Software(Struct, frozen=True, kw_only=True):
     """A reduction software. Versions that are not named stay."""
 
     name: Label
@@ -130,7 +127,7 @@ class Software(_Spec, frozen=True):
     versions: tuple[SoftwareVersion, ...] = ()
 
 
-class Config(_Spec, frozen=True):
+class Config(Struct, frozen=True, kw_only=True):
     """Parameters of a reduction software; changed parameters make a new revision."""
 
     name: Label
@@ -138,7 +135,7 @@ class Config(_Spec, frozen=True):
     parameters: dict[str, Any] = {}
 
 
-class Grouping(_Spec, frozen=True):
+class Grouping(Struct, frozen=True, kw_only=True):
     """A data grouping; each rule as in `wfm.grouping.Rule`."""
 
     name: Label
@@ -146,7 +143,7 @@ class Grouping(_Spec, frozen=True):
     rules: tuple[Any, ...] = ()
 
 
-class Step(_Spec, frozen=True):
+class Step(Struct, frozen=True, kw_only=True):
     """A reduction step. `retention_days` None keeps results for ever."""
 
     name: DirectoryName
@@ -164,7 +161,7 @@ class Step(_Spec, frozen=True):
     retention_days: NotNegative | None = None
 
 
-class Pipeline(_Spec, frozen=True):
+class Pipeline(Struct, frozen=True, kw_only=True):
     """A pipeline. Where `enabled` is not given it stays as it is; so does `location` (at first, the instance's own)."""
 
     name: DirectoryName
@@ -242,6 +239,9 @@ class Documents(Struct, frozen=True):
 # --- YAML ---
 
 
+_TAG = "tag:yaml.org,2002:"
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML whose plain scalars follow version 1.2.
 
@@ -252,8 +252,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "aliases are not supported: write it out", event.start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported: write it out", mark)
         return super().compose_node(parent, index)
 
 
@@ -262,8 +262,12 @@ class _Dumper(yaml.SafeDumper):
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
+    def text(self, value: str) -> yaml.ScalarNode:
+        # PyYAML folds at these line ends unless they are escaped, and reads them back as spaces.
+        return self.represent_scalar(_TAG + "str", value, style='"' if re.search("[\x85\u2028\u2029]", value) else None)
 
-_TAG = "tag:yaml.org,2002:"
+
+_Dumper.add_representer(str, _Dumper.text)
 _SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     # tag: (pattern, first characters, constructor)
     "null": (r"~|null|Null|NULL|", "~nN", lambda _: None),
@@ -306,14 +310,14 @@ class _Reader:
             loader = _Loader(text)
             while loader.check_node():
                 node = loader.get_node()
-                if node.tag != _TAG + "null":
+                if node is not None and node.tag != _TAG + "null":
                     yield from self._document(node)
         except yaml.MarkedYAMLError as e:
             mark = e.problem_mark or e.context_mark
             self._fault(mark.line + 1 if mark else 1, ", ".join(filter(None, (e.context, e.problem))))
         except yaml.reader.ReaderError as e:
             line = text.count("\n", 0, e.position) + 1
-            self._fault(line, f"the character #x{ord(str(e.character)):04x} is not allowed in YAML")
+            self._fault(line, f"the character #x{ord(text[e.position]):04x} is not allowed in YAML")
         except RecursionError:
             self._fault(1, "nested too deeply")
 
@@ -323,16 +327,17 @@ class _Reader:
         if not isinstance(node, yaml.MappingNode):
             self._note(node, (), f"expected a document with kind and name, got {_shown(node)}")
             return
-        kinds = [value for key, value in node.value if key.value == "kind"]
-        if not kinds:
+        named = [value for key, value in node.value if key.value == "kind"]
+        kind = named[0].value if named and isinstance(named[0], yaml.ScalarNode) else ""
+        if not named:
             self._note(node, (), f"missing key 'kind'; allowed: {', '.join(KINDS)}")
-        elif kinds[0].value not in list(KINDS):
-            self._note(kinds[0], (), unknown("kind", kinds[0].value, KINDS))
+        elif kind not in KINDS:
+            self._note(named[0], (), unknown("kind", kind, KINDS))
         else:
-            spec = self._struct(KINDS[kinds[0].value].spec, node, (), beside=("kind",))
+            spec = self._struct(KINDS[kind].spec, node, (), beside=("kind",))
             # A package is checked only if it could be read: its parts are needed for that.
             if spec is not _BAD and not (self.faulty and isinstance(spec, PackageIn)):
-                yield Document(kinds[0].value, spec, self.file, self.lines)
+                yield Document(kind, spec, self.file, self.lines)
 
     def _fault(self, line: int, message: str) -> None:
         self.faults.append((self.file, line, message))
@@ -368,6 +373,8 @@ class _Reader:
             value = _BAD
             if name in entries:
                 value = self._value(f.type, entries[name], (*path, name))
+                if f.required and value == () and not entries[name].value:
+                    self._note(entries[name], (*path, name), "must not be empty")
             elif f.required:
                 self._note(node, path, f"missing key {name!r}")
             if value is not _BAD:
@@ -391,8 +398,11 @@ class _Reader:
         if origin is tuple:
             if not isinstance(node, yaml.SequenceNode):
                 return self._note(node, path, f"expected a list, got {_shown(node)}")
-            items = [self._value(args[0], item, (*path, n)) for n, item in enumerate(node.value)]
-            return tuple(item for item in items if item is not _BAD)
+            items: list[Any] = []
+            for child in node.value:  # numbered as in the result, where `lines` is looked up
+                item = self._value(args[0], child, (*path, len(items)))
+                items += [] if item is _BAD else [item]
+            return tuple(items)
         if origin is dict:
             if not isinstance(node, yaml.MappingNode):
                 return self._note(node, path, f"expected keys and values, got {_shown(node)}")
@@ -517,8 +527,6 @@ def _check_versions(spec: Software, note: _NoteAt) -> None:
         version = _version(v.version, ("versions", n, "version"), note)
         if version and known.setdefault(version, v.version) is not v.version:
             note(("versions", n, "version"), f"version {v.version} comes twice (as {known[version]})")
-        if not v.command:
-            note(("versions", n, "command"), f"command of version {v.version} is empty: give the program to run")
 
 
 def _version(text: str, path: Path, note: _NoteAt) -> Version | None:
@@ -541,8 +549,6 @@ _RESOURCE_LIMITS = {
 def _check_pipeline(spec: Pipeline, note: _NoteAt) -> None:
     if spec.trigger_type is TriggerType.CRON:
         note(("trigger",), "trigger: CRON is not in this version yet; allowed: CONTINUOUS, MANUAL")
-    if not spec.steps:
-        note(("steps",), "steps: a pipeline needs at least one step")
     steps: dict[str, Step] = {}
     for n, step in enumerate(spec.steps):
         if step.name and steps.setdefault(step.name, step) is not step:
@@ -625,19 +631,19 @@ def _columns(spec: type[Struct], table: Table) -> dict[str, Column[Any]]:
 
 
 def _rows(
-    conn: Connection, spec: type[Struct], table: Table, where: Sequence[ColumnElement[bool]], order: Column[Any]
-) -> dict[int, dict[str, Any]]:
-    """By id, what the columns of a table say in a document's words."""
+    conn: Connection, spec: type[Struct], table: Table, *where: ColumnElement[bool], order: Column[Any]
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Rows of a table, each also in a document's words."""
     shown: list[Any] = []
-    for key, column in _columns(spec, table).items():
+    columns = _columns(spec, table)
+    for key, column in columns.items():
         referred = target(column)
-        if referred is not None:
-            name = select(referred.c.name).where(referred.c.id == column).scalar_subquery()
-            shown.append(name.label(key))
-        else:
-            shown.append(column.label(key))
-    rows = conn.execute(select(table.c.id.label(""), *shown).where(*where).order_by(order)).mappings()
-    return {row[""]: {key: value for key, value in row.items() if key} for row in rows}
+        named = (
+            select(referred.c.name).where(referred.c.id == column).scalar_subquery() if referred is not None else column
+        )
+        shown.append(named.label(f"document_{key}"))
+    rows = conn.execute(select(table, *shown).where(*where).order_by(order)).mappings()
+    return [(row, {key: row[f"document_{key}"] for key in columns}) for row in rows]
 
 
 def _read(conn: Connection, kind: str, names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -648,51 +654,54 @@ def _read(conn: Connection, kind: str, names: Sequence[str] | None) -> dict[str,
     where = [] if names is None else [table.c.name.in_(names)]
     if kind == "pipeline":
         where.append(table.c.deleted_at.is_(None))
-    things = _rows(conn, KINDS[kind].spec, table, where, table.c.name)
+    things = {row["id"]: thing for row, thing in _rows(conn, KINDS[kind].spec, table, *where, order=table.c.name)}
     match kind:
         case "software":
-            child = schema.software_version
-            _adopt(things, "versions", child.c.software_id, conn, SoftwareVersion, [], child.c.id)
+            _read_versions(conn, things)
         case "config":
-            revision = schema.config_revision.c
-            newest = select(revision.config_id, revision.parameters).distinct(revision.config_id)
-            rows = conn.execute(
-                newest.where(revision.config_id.in_(things)).order_by(revision.config_id, revision.revision.desc())
-            )
-            parameters = {row.config_id: row.parameters for row in rows}
-            for i, thing in things.items():
-                thing["parameters"] = parameters.get(i, {})
+            _read_parameters(conn, things)
+        case "grouping":
+            for thing in things.values():
+                fields = grouping.Rule.__struct_fields__
+                thing["rules"] = [{key: rule[key] for key in fields if key in rule} for rule in thing["rules"]]
         case "pipeline":
-            step = schema.reduction_step
-            steps = _adopt(things, "steps", step.c.pipeline_id, conn, Step, [step.c.active], step.c.position)
-            upstream = step.alias()
-            edge = schema.step_dependency.c
-            depends = select(edge.step_id, upstream.c.name).join(upstream, upstream.c.id == edge.upstream_id)
-            for i, thing in steps.items():
-                thing["depends_on"] = []
-            for i, name in conn.execute(depends.where(edge.step_id.in_(steps)).order_by(upstream.c.name)):
-                steps[i]["depends_on"].append(name)
+            _read_steps(conn, things)
     return {thing["name"]: thing for thing in things.values()}
 
 
-def _adopt(
-    things: Mapping[int, dict[str, Any]],
-    key: str,
-    parent: Column[Any],
-    conn: Connection,
-    spec: type[Struct],
-    where: Sequence[ColumnElement[bool]],
-    order: Column[Any],
-) -> dict[int, dict[str, Any]]:
-    """Put what belongs to some things into them as the list `key`; returns it by id."""
-    table: Table = parent.table  # type: ignore[assignment]
-    rows = _rows(conn, spec, table, [parent.in_(things), *where], order)
-    owners = dict(conn.execute(select(table.c.id, parent).where(table.c.id.in_(rows))).tuples())
-    for thing in things.values():
-        thing[key] = []
-    for i, row in rows.items():
-        things[owners[i]][key].append(row)
-    return rows
+_Things = Mapping[int, dict[str, Any]]
+"""Documents by the ids of their rows."""
+
+
+def _read_versions(conn: Connection, software: _Things) -> None:
+    table = schema.software_version
+    for thing in software.values():
+        thing["versions"] = []
+    for row, version in _rows(conn, SoftwareVersion, table, table.c.software_id.in_(software), order=table.c.id):
+        software[row["software_id"]]["versions"].append(version)
+
+
+def _read_parameters(conn: Connection, configs: _Things) -> None:
+    revision = schema.config_revision.c
+    newest = select(revision.config_id, revision.parameters).distinct(revision.config_id)
+    newest = newest.where(revision.config_id.in_(configs)).order_by(revision.config_id, revision.revision.desc())
+    for config_id, parameters in conn.execute(newest):
+        configs[config_id]["parameters"] = parameters
+
+
+def _read_steps(conn: Connection, pipelines: _Things) -> None:
+    table, edge = schema.reduction_step, schema.step_dependency.c
+    upstream = table.alias()
+    depends = select(edge.step_id, upstream.c.name).join(upstream, upstream.c.id == edge.upstream_id)
+    steps = {}
+    for thing in pipelines.values():
+        thing["steps"] = []
+    mine = table.c.pipeline_id.in_(pipelines)
+    for row, step in _rows(conn, Step, table, mine, table.c.active, order=table.c.position):
+        steps[row["id"]] = step | {"depends_on": []}
+        pipelines[row["pipeline_id"]]["steps"].append(steps[row["id"]])
+    for step_id, name in conn.execute(depends.where(edge.step_id.in_(steps)).order_by(upstream.c.name)):
+        steps[step_id]["depends_on"].append(name)
 
 
 # --- comparing ---
@@ -848,7 +857,7 @@ def _package_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
 
 def _location_faults(conn: Connection, locations: Sequence[_Compared], _: Sequence[_Compared]) -> Iterator[Fault]:
     table = schema.data_location.c
-    taken = {i: name for name, i in conn.execute(select(table.name, table.id)).tuples()} if locations else {}
+    taken = {i: name for name, i in conn.execute(select(table.name, table.id))} if locations else {}
     for c in locations:
         i, name = c.new["id"], c.change.name
         if c.old and i != c.old["id"]:
@@ -990,7 +999,7 @@ def _values(
         referred = target(column)
         if referred is not None:
             named = referred.c.name.in_({thing[key] for thing in things} - {None})
-            ids[key] = dict(conn.execute(select(referred.c.name, referred.c.id).where(named)).tuples())
+            ids[key] = dict(conn.execute(select(referred.c.name, referred.c.id).where(named)).tuples().all())
     return [
         {c.name: ids[key].get(thing[key]) if key in ids else thing[key] for key, c in columns.items()}
         for thing in things
@@ -1125,7 +1134,9 @@ def _users(
 ) -> Iterator[str]:
     """What refers to some rows, by table: names where there are some, else how many."""
     for table in schema.metadata.sorted_tables:
-        refers = [c.in_(things[t]) for c in table.c if (t := target(c)) in things and c is not owned.get(table)]
+        refers = [
+            c.in_(ids) for t, ids in things.items() for c in table.c if target(c) is t and c is not owned.get(table)
+        ]
         if not refers:
             continue
         count = conn.scalar(select(func.count()).select_from(table).where(or_(*refers))) or 0

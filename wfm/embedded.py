@@ -279,9 +279,10 @@ class _Account:
         A checkout below root's own home is closed to every other account, and it is not ours to open it.
         Then, and only then, the account keeps root's right to pass directories, as an ambient capability,
         which lasts over the exec of a program and in all its children. It is CAP_DAC_OVERRIDE because
-        containers grant it to root by default, other than CAP_DAC_READ_SEARCH. setpriv is the way to set it:
-        it changes account and capabilities in one place and then becomes the program, where Popen has no word
-        for capabilities and code between fork and exec is not safe in a process with threads.
+        containers grant it to root by default, other than CAP_DAC_READ_SEARCH; access(2), by which Postgres
+        looks for its own program, heeds it under the secure bit no_setuid_fixup only. setpriv is the way to
+        set them: it changes account and rights in one place and then becomes the program, where Popen has no
+        word for rights and code between fork and exec is not safe in a process with threads.
 
         Args:
             program: the server's program.
@@ -294,7 +295,8 @@ class _Account:
         options: dict[str, Any] = {"user": self.uid, "group": self.gid, "extra_groups": []}
         if not all(self.passes(path) for path in (program, *places)):
             identity = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
-            prefix = ["setpriv", *identity, "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+            rights = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--securebits=+no_setuid_fixup"]
+            prefix = ["setpriv", *identity, *rights]
             options = {}
         try:
             probe = _run([*prefix, str(program), "--version"], **options)

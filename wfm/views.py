@@ -42,6 +42,11 @@ def _column(conn: Connection, sql: str, **params: Any) -> list[Any]:
     return list(conn.execute(text(sql), params).scalars())
 
 
+def _asked(column: str, name: str, kind: str = "text", comparison: str = "=") -> str:
+    """A condition that holds for all rows while its parameter is None."""
+    return f"(CAST(:{name} AS {kind}) IS NULL OR {column} {comparison} :{name})"
+
+
 def _listed(values: Iterable[str]) -> str:
     return "(" + ", ".join(f"'{v}'" for v in sorted(values)) + ")"
 
@@ -53,50 +58,41 @@ _ACTIVE = _listed(ACTIVE_STATES)
 
 _PIPELINES = "SELECT name FROM pipeline"
 _PIPELINES_HERE = "SELECT name FROM pipeline WHERE location_id = :loc AND deleted_at IS NULL"
-_STEPS = """
-SELECT s.name FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
-WHERE CAST(:pipeline AS text) IS NULL OR p.name = :pipeline
-"""
-_UNITS = """
-SELECT u.key FROM unit u JOIN pipeline p ON p.id = u.pipeline_id
-WHERE CAST(:pipeline AS text) IS NULL OR p.name = :pipeline
-"""
+_OF_PIPELINE = _asked("p.name", "pipeline")
+_STEPS = f"SELECT s.name FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id WHERE {_OF_PIPELINE}"
+_UNITS = f"SELECT u.key FROM unit u JOIN pipeline p ON p.id = u.pipeline_id WHERE {_OF_PIPELINE}"
 _PACKAGES = "SELECT name FROM raw_data_package"
 _PRODUCTS = "SELECT path FROM data_product"
-
-_CANDIDATES = 2000
 
 
 def _require(conn: Connection, what: str, name: str | None, names: str, **params: Any) -> None:
     """Nothing if the statement `names` gives this name, or if none was asked for."""
     if name is None:
         return
-    found = text(f"SELECT 1 FROM ({names}) n(name) WHERE name = :name LIMIT 1")
-    if conn.execute(found, {"name": name, **params}).first() is None:
+    if not _column(conn, f"SELECT 1 FROM ({names}) n(name) WHERE name = :name LIMIT 1", name=name, **params):
         _not_found(conn, what, name, names, **params)
 
 
 def _not_found(conn: Connection, what: str, name: str, names: str, **params: Any) -> NoReturn:
     # Names of about the same length are enough to look through: only such can be near.
-    near = conn.execute(
-        text(
-            f"SELECT name FROM ({names}) n(name) GROUP BY name"
-            " ORDER BY abs(length(name) - :length), name LIMIT :candidates"
-        ),
-        {"length": len(name), "candidates": _CANDIDATES, **params},
+    near = _column(
+        conn,
+        f"SELECT name FROM ({names}) n(name) GROUP BY name ORDER BY abs(length(name) - :length), name LIMIT 2000",
+        length=len(name),
+        **params,
     )
-    raise NotFoundError(grouping.unknown(what, name, sorted(near.scalars())))
+    raise NotFoundError(grouping.unknown(what, name, sorted(near)))
 
 
 def _require_location(conn: Connection, location_id: int) -> None:
-    known = {r.id: r.name for r in conn.execute(text("SELECT id, name FROM data_location ORDER BY id"))}
+    known = {r["id"]: r["name"] for r in _all(conn, "SELECT id, name FROM data_location ORDER BY id")}
     if location_id not in known:
         listed = ", ".join(f"{i} ({name})" for i, name in known.items()) or "none yet"
         raise NotFoundError(f"unknown location {location_id}; known: {listed}")
 
 
 def _no_run(conn: Connection, key: object) -> NoReturn:
-    newest = conn.execute(text("SELECT max(id) FROM run")).scalar()
+    (newest,) = _column(conn, "SELECT max(id) FROM run")
     known = f"the newest run is {newest}" if newest else "there are no runs yet"
     raise NotFoundError(f"unknown run {key!r}; {known}")
 
@@ -273,6 +269,11 @@ EXISTS (SELECT 1 FROM run n WHERE (n.step_id, n.unit_id) = (r.step_id, r.unit_id
 _RUN_TABLES = """
 run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id JOIN unit u ON u.id = r.unit_id
 """
+_RUN_SOFTWARE = """
+JOIN software_version sv ON sv.id = r.software_version_id JOIN software sw ON sw.id = sv.software_id
+LEFT JOIN config_revision cr ON cr.id = r.config_revision_id LEFT JOIN config cf ON cf.id = cr.config_id
+"""
+# The members m of its unit that run r pinned.
 _PINNED = "m.unit_id = r.unit_id AND m.added <= r.generation AND (m.removed IS NULL OR m.removed > r.generation)"
 
 
@@ -307,10 +308,8 @@ def runs(
         RunLine,
         f"""
         SELECT {_RUN_COLUMNS} FROM {_RUN_TABLES}
-        WHERE r.location_id = :loc AND (CAST(:pipeline AS text) IS NULL OR p.name = :pipeline)
-            AND (CAST(:step AS text) IS NULL OR s.name = :step) AND (CAST(:unit AS text) IS NULL OR u.key = :unit)
-            AND (:any_state OR r.state = ANY(:states))
-            AND (CAST(:since AS timestamptz) IS NULL OR r.state_since >= :since)
+        WHERE r.location_id = :loc AND {_OF_PIPELINE} AND {_asked("s.name", "step")} AND {_asked("u.key", "unit")}
+            AND (:any_state OR r.state = ANY(:states)) AND {_asked("r.state_since", "since", "timestamptz", ">=")}
         ORDER BY r.id DESC LIMIT :limit
         """,
         loc=location_id,
@@ -343,27 +342,23 @@ def run_detail(conn: Connection, run_id: int) -> RunDetail:
             r.node, r.evidence,
             (SELECT count(*) FROM unit_member m WHERE {_PINNED}) AS packages_total,
             (SELECT count(*) FROM run_input i WHERE i.run_id = r.id) AS upstream_total
-        FROM {_RUN_TABLES} JOIN data_location l ON l.id = r.location_id
-        JOIN software_version sv ON sv.id = r.software_version_id JOIN software sw ON sw.id = sv.software_id
-        LEFT JOIN config_revision cr ON cr.id = r.config_revision_id LEFT JOIN config cf ON cf.id = cr.config_id
-        WHERE r.id = :run
+        FROM {_RUN_TABLES} {_RUN_SOFTWARE} JOIN data_location l ON l.id = r.location_id WHERE r.id = :run
         """,
         run=run_id,
     )
     if not found:
         _no_run(conn, run_id)
-    packages = conn.execute(
-        text(
+    return structs.replace(
+        found[0],
+        packages=_column(
+            conn,
             f"""
             SELECT k.name FROM run r JOIN unit_member m ON {_PINNED} JOIN raw_data_package k ON k.id = m.package_id
             WHERE r.id = :run ORDER BY k.name LIMIT :shown
-            """
+            """,
+            run=run_id,
+            shown=SHOWN,
         ),
-        {"run": run_id, "shown": SHOWN},
-    )
-    return structs.replace(
-        found[0],
-        packages=list(packages.scalars()),
         upstream=_rows(
             conn,
             RunRef,
@@ -498,6 +493,8 @@ WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.state IN ('FAILED', 
     AND r.failure <> '{WITHDRAWN}' AND (r.wanted = c.wanted OR r.id > coalesce(c.run_id, 0))
 ORDER BY r.wanted = c.wanted DESC, r.id DESC LIMIT 1
 """
+_PAIRS = "unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)"
+_UPSTREAM_UNIT = "jsonb_build_object('step', step, 'unit', unit, 'state', state, 'why', why, 'run', run)"
 _NEEDS_SOMEBODY_FIRST = [
     CoverageState.BLOCKED,
     CoverageState.HELD,
@@ -512,7 +509,6 @@ class _Situation(WhyLine, frozen=True, kw_only=True):
     step_id: int
     unit_id: int
     step_active: bool
-    enabled: bool
     pipeline_paused: bool
     step_paused: bool
     trigger: TriggerType
@@ -545,9 +541,9 @@ def why(
     _require(conn, "unit", unit, _UNITS, pipeline=pipeline)
     return _why(
         conn,
-        """
-        p.name = :pipeline AND (s.active OR s.name = :step) AND (CAST(:step AS text) IS NULL OR s.name = :step)
-        AND (CAST(:unit AS text) IS NULL OR u.key = :unit)
+        f"""
+        p.name = :pipeline AND (s.active OR s.name = :step)
+        AND {_asked("s.name", "step")} AND {_asked("u.key", "unit")}
         """,
         limit,
         loc=location_id,
@@ -569,7 +565,7 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
             (SELECT to_jsonb(a) FROM (SELECT {_BRIEF} FROM run r WHERE (r.step_id, r.unit_id) = (s.id, u.id)
                 AND r.state IN {_ACTIVE}) a) AS active,
             (SELECT to_jsonb(f) FROM ({_FAILED}) f) AS failed,
-            s.id AS step_id, u.id AS unit_id, s.active AS step_active, p.enabled,
+            s.id AS step_id, u.id AS unit_id, s.active AS step_active,
             p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused, p.trigger_type AS trigger
         FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
         JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
@@ -590,8 +586,8 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
         total, uncovered, first = upstream.get((s.step_id, s.unit_id), (0, 0, []))
         first = origins.get((s.step_id, s.unit_id), first)
         known = structs.replace(s, upstream_total=total, upstream_open=uncovered, upstream=first)
-        fields = {name: getattr(known, name) for name in WhyLine.__struct_fields__ if name != "change"}
-        lines.append(WhyLine(**fields, change=_change(known)))
+        fields = {name: getattr(known, name) for name in WhyLine.__struct_fields__}
+        lines.append(WhyLine(**fields | {"change": _change(known)}))
     return lines
 
 
@@ -599,64 +595,62 @@ def _upstream(
     conn: Connection, pairs: Sequence[_Situation]
 ) -> dict[tuple[int, int], tuple[int, int, list[UpstreamUnit]]]:
     """By pair: units it depends on, those not covered, and the first few of these, blocked ones before others."""
-    if not pairs:
-        return {}
-    rows = conn.execute(
-        text(
-            f"""
-            SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE state <> 'covered') AS uncovered,
-                jsonb_agg(jsonb_build_object('step', step, 'unit', unit, 'state', state, 'why', why, 'run', run)
-                    ORDER BY rank) FILTER (WHERE state <> 'covered' AND rank <= :first) AS first
-            FROM (
-                SELECT s.id AS step_id, u.id AS unit_id, us.name AS step, l.key AS unit,
-                    coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why, f.id AS run,
-                    row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.state IS NOT DISTINCT FROM 'covered',
-                        c.state IS NOT DISTINCT FROM 'blocked' DESC, us.position, l.key) AS rank
-                FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
-                JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id {_BELOW}
-                LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
-                LEFT JOIN LATERAL ({_FAILED}) f ON c.state = 'blocked') z
-            GROUP BY step_id, unit_id
-            """
-        ),
-        {"steps": [p.step_id for p in pairs], "units": [p.unit_id for p in pairs], "first": _FIRST},
+    rows = _all(
+        conn,
+        f"""
+        SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE state <> 'covered') AS uncovered,
+            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE state <> 'covered' AND rank <= :first) AS first
+        FROM (
+            SELECT s.id AS step_id, u.id AS unit_id, us.name AS step, l.key AS unit, f.id AS run,
+                coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
+                row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.state IS NOT DISTINCT FROM 'covered',
+                    c.state IS NOT DISTINCT FROM 'blocked' DESC, us.position, l.key) AS rank
+            FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id {_BELOW}
+            LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
+            LEFT JOIN LATERAL ({_FAILED}) f ON c.state = 'blocked') z
+        GROUP BY step_id, unit_id
+        """,
+        steps=[p.step_id for p in pairs],
+        units=[p.unit_id for p in pairs],
+        first=_FIRST,
     )
     return {
-        (r.step_id, r.unit_id): (r.total, r.uncovered, msgspec.convert(r.first or [], list[UpstreamUnit])) for r in rows
+        (r["step_id"], r["unit_id"]): (
+            r["total"],
+            r["uncovered"],
+            msgspec.convert(r["first"] or [], list[UpstreamUnit]),
+        )
+        for r in rows
     }
 
 
 def _origins(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], list[UpstreamUnit]]:
     """By pair that waits for something that failed: the first few units where that began, however far up."""
-    if not pairs:
-        return {}
-    rows = conn.execute(
-        text(
-            f"""
-            WITH RECURSIVE walk(for_step, for_unit, step_id, unit_id, why) AS (
-                SELECT q.s, q.u, q.s, q.u, 'upstream_failed'
-                FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
-                UNION
-                SELECT w.for_step, w.for_unit, us.id, l.id, c.why
-                FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id {_BELOW}
-                JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'blocked'
-                WHERE w.why = 'upstream_failed'),
-            ranked AS (
-                SELECT w.for_step, w.for_unit, s.name AS step, u.key AS unit, c.state, c.why, f.id AS run,
-                    row_number() OVER (PARTITION BY w.for_step, w.for_unit ORDER BY s.position, u.key) AS rank
-                FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id
-                JOIN coverage c ON (c.step_id, c.unit_id) = (w.step_id, w.unit_id)
-                LEFT JOIN LATERAL ({_FAILED}) f ON true
-                WHERE w.why <> 'upstream_failed')
-            SELECT for_step, for_unit,
-                jsonb_agg(jsonb_build_object('step', step, 'unit', unit, 'state', state, 'why', why, 'run', run)
-                    ORDER BY rank) AS first
-            FROM ranked WHERE rank <= :first GROUP BY for_step, for_unit
-            """
-        ),
-        {"steps": [p.step_id for p in pairs], "units": [p.unit_id for p in pairs], "first": _FIRST},
+    rows = _all(
+        conn,
+        f"""
+        WITH RECURSIVE walk(for_step, for_unit, step_id, unit_id, why) AS (
+            SELECT q.step_id, q.unit_id, q.step_id, q.unit_id, 'upstream_failed' FROM {_PAIRS}
+            UNION
+            SELECT w.for_step, w.for_unit, us.id, l.id, c.why
+            FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id {_BELOW}
+            JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'blocked'
+            WHERE w.why = 'upstream_failed')
+        SELECT for_step, for_unit, jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) AS first
+        FROM (
+            SELECT w.for_step, w.for_unit, s.name AS step, u.key AS unit, c.state, c.why, f.id AS run,
+                row_number() OVER (PARTITION BY w.for_step, w.for_unit ORDER BY s.position, u.key) AS rank
+            FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id
+            JOIN coverage c ON (c.step_id, c.unit_id) = (w.step_id, w.unit_id)
+            LEFT JOIN LATERAL ({_FAILED}) f ON true
+            WHERE w.why <> 'upstream_failed') z
+        WHERE rank <= :first GROUP BY for_step, for_unit
+        """,
+        steps=[p.step_id for p in pairs],
+        units=[p.unit_id for p in pairs],
+        first=_FIRST,
     )
-    return {(r.for_step, r.for_unit): msgspec.convert(r.first, list[UpstreamUnit]) for r in rows}
+    return {(r["for_step"], r["for_unit"]): msgspec.convert(r["first"], list[UpstreamUnit]) for r in rows}
 
 
 def _change(s: _Situation) -> str:
@@ -712,61 +706,55 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
     """
     _require_location(conn, location_id)
     _require(conn, "raw data package", name, _PACKAGES)
-    package = conn.execute(text("SELECT id, state FROM raw_data_package WHERE name = :name"), {"name": name}).one()
+    (package,) = _all(conn, "SELECT id, state FROM raw_data_package WHERE name = :name", name=name)
     member = "SELECT unit_id FROM unit_member WHERE package_id = :package AND removed IS NULL"
-    units = _why(conn, f"s.active AND u.id IN ({member})", limit=10_000, loc=location_id, package=package.id)
-    others = conn.execute(
-        text(
-            f"""
-            SELECT p.name, p.enabled, g.name AS "grouping", g.rules
-            FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id
-            WHERE p.location_id = :loc AND p.deleted_at IS NULL
-                AND p.id NOT IN (SELECT pipeline_id FROM unit WHERE id IN ({member}))
-            ORDER BY p.name
-            """
-        ),
-        {"loc": location_id, "package": package.id},
-    ).all()
-    rejecting = _rejecting_rules(conn, package.id, [(p.name, p.rules) for p in others])
+    units = _why(conn, f"s.active AND u.id IN ({member})", limit=10_000, loc=location_id, package=package["id"])
+    others = _all(
+        conn,
+        f"""
+        SELECT p.name, p.enabled, g.name AS "grouping", g.rules
+        FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL
+            AND p.id NOT IN (SELECT pipeline_id FROM unit WHERE id IN ({member}))
+        ORDER BY p.name
+        """,
+        loc=location_id,
+        package=package["id"],
+    )
+    rejecting = _rejecting_rules(conn, package["id"], {p["name"]: p["rules"] for p in others})
     not_selected = []
     for p in others:
-        if p.name in rejecting:
-            number, rule = rejecting[p.name]
-            reason = f"rule {number} of grouping {p.grouping} rejects it: {_rule_text(rule)}"
+        if p["name"] in rejecting:
+            reason = f"grouping {p['grouping']} rejects it: {rejecting[p['name']]}"
         else:
-            reason = f"grouping {p.grouping} selects it, but its arrival is not sorted yet"
-        not_selected.append(NotSelected(p.name, reason if p.enabled else f"{reason}; the pipeline is disabled"))
-    pipelines = {u.pipeline for u in units}
-    if pipelines:
-        summary = f"{len(units)} units of {', '.join(sorted(pipelines))} contain it"
-    elif any(p.enabled and p.name not in rejecting for p in others):
+            reason = f"grouping {p['grouping']} selects it, but its arrival is not sorted yet"
+        not_selected.append(NotSelected(p["name"], reason if p["enabled"] else f"{reason}; the pipeline is disabled"))
+    containing = sorted({u.pipeline for u in units})
+    if containing:
+        summary = f"{len(units)} (step, unit) pairs of {', '.join(containing)} contain it"
+    elif any(p["enabled"] and p["name"] not in rejecting for p in others):
         summary = "its arrival is not sorted yet"
     else:
         summary = "no enabled pipeline of this location selects it"
-    return PackageWhy(package=name, state=package.state, units=units, not_selected=not_selected, summary=summary)
+    return PackageWhy(package=name, state=package["state"], units=units, not_selected=not_selected, summary=summary)
 
 
-def _rejecting_rules(
-    conn: Connection, package: int, rules: Sequence[tuple[str, list[Any]]]
-) -> dict[str, tuple[int, grouping.Rule]]:
-    """By pipeline, the first rule (with its number, from 1) that does not hold for the package."""
-    asked = [(pipeline, n, rule) for pipeline, given in rules for n, rule in enumerate(grouping.rules_from(given), 1)]
+def _rejecting_rules(conn: Connection, package: int, rules: Mapping[str, list[Any]]) -> dict[str, str]:
+    """By pipeline, the first rule that does not hold for the package; nothing where all of them hold."""
+    asked = [(pipeline, n, r) for pipeline, given in rules.items() for n, r in enumerate(grouping.rules_from(given), 1)]
     if not asked:
         return {}
     each = (
-        select(literal(i).label("asked")).where(~exists(grouping.select_packages([rule], [], package_ids=[package])))
+        select(literal(i)).where(~exists(grouping.select_packages([rule], [], package_ids=[package])))
         for i, (_, _, rule) in enumerate(asked)
     )
-    rejecting: dict[str, tuple[int, grouping.Rule]] = {}
+    rejecting: dict[str, str] = {}
     for i in sorted(conn.execute(union_all(*each)).scalars()):
-        pipeline, number, rule = asked[i]
-        rejecting.setdefault(pipeline, (number, rule))
+        pipeline, n, rule = asked[i]
+        where = f"{rule.table}.{rule.column}" + (f" at {rule.json_path}" if rule.json_path else "")
+        value = msgspec.json.encode(rule.value).decode()
+        rejecting.setdefault(pipeline, f"rule {n}, {where} {rule.operator} {value}")
     return rejecting
-
-
-def _rule_text(rule: grouping.Rule) -> str:
-    path = f" at {rule.json_path}" if rule.json_path else ""
-    return f"{rule.table}.{rule.column}{path} {rule.operator} {msgspec.json.encode(rule.value).decode()}"
 
 
 class CoverageLine(Struct, frozen=True, kw_only=True):
@@ -794,28 +782,27 @@ def coverage_summary(conn: Connection, location_id: int, pipeline: str | None = 
     """
     _require_location(conn, location_id)
     _require(conn, "pipeline", pipeline, _PIPELINES_HERE, loc=location_id)
-    rows = conn.execute(
-        text(
-            """
-            SELECT p.name AS pipeline, s.name AS step, z.states
-            FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
-            CROSS JOIN LATERAL (
-                SELECT jsonb_object_agg(state, n) AS states FROM (
-                    SELECT coalesce(c.state, 'waiting') AS state, count(*) AS n
-                    FROM unit u LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
-                    WHERE u.pipeline_id = p.id AND u.dims = s.dims AND (u.members > 0 OR c.step_id IS NOT NULL)
-                    GROUP BY 1) y) z
-            WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active
-                AND (CAST(:pipeline AS text) IS NULL OR p.name = :pipeline)
-            ORDER BY p.name, s.position
-            """
-        ),
-        {"loc": location_id, "pipeline": pipeline},
+    rows = _all(
+        conn,
+        f"""
+        SELECT p.name AS pipeline, s.name AS step, coalesce(z.states, '{{}}') AS states
+        FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
+        CROSS JOIN LATERAL (
+            SELECT jsonb_object_agg(state, n) AS states FROM (
+                SELECT coalesce(c.state, 'waiting') AS state, count(*) AS n
+                FROM unit u LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
+                WHERE u.pipeline_id = p.id AND u.dims = s.dims AND (u.members > 0 OR c.step_id IS NOT NULL)
+                GROUP BY 1) y) z
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND {_OF_PIPELINE}
+        ORDER BY p.name, s.position
+        """,
+        loc=location_id,
+        pipeline=pipeline,
     )
     lines = []
     for r in rows:
-        states = dict.fromkeys(CoverageState, 0) | {CoverageState(s): n for s, n in (r.states or {}).items()}
-        lines.append(CoverageLine(pipeline=r.pipeline, step=r.step, units=sum(states.values()), states=states))
+        states = dict.fromkeys(CoverageState, 0) | {CoverageState(s): n for s, n in r["states"].items()}
+        lines.append(CoverageLine(pipeline=r["pipeline"], step=r["step"], units=sum(states.values()), states=states))
     return lines
 
 
@@ -895,7 +882,7 @@ def events(
         raise NotFoundError(grouping.unknown("event type", type, TYPES))
     txid, last = _cursor(after or START)
     # Taken before the page is read, so everything below it is settled when the page is read.
-    horizon = conn.execute(text("SELECT pg_snapshot_xmin(pg_current_snapshot())::text")).scalar_one()
+    (horizon,) = _column(conn, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text")
     order = "DESC" if newest else "ASC"
     found = _rows(
         conn,
@@ -904,13 +891,10 @@ def events(
         SELECT * FROM (
             SELECT {_EVENT_COLUMNS}, e.txid FROM event e
             WHERE (e.txid, e.id) > (CAST(:txid AS xid8), :last) AND e.txid < CAST(:horizon AS xid8)
-                AND (CAST(:loc AS bigint) IS NULL OR e.location_id = :loc)
-                AND (CAST(:run AS bigint) IS NULL OR e.run_id = :run)
-                AND (CAST(:pipeline AS text) IS NULL OR e.body ->> 'pipeline' = :pipeline)
-                AND (CAST(:unit AS text) IS NULL OR e.body ->> 'unit' = :unit)
-                AND (CAST(:type AS text) IS NULL OR e.type = :type)
-                AND (CAST(:since AS timestamptz) IS NULL OR e.created_at >= :since)
-                AND (CAST(:until AS timestamptz) IS NULL OR e.created_at < :until)
+                AND {_asked("e.location_id", "loc", "bigint")} AND {_asked("e.run_id", "run", "bigint")}
+                AND {_asked("e.body ->> 'pipeline'", "pipeline")} AND {_asked("e.body ->> 'unit'", "unit")}
+                AND {_asked("e.type", "type")} AND {_asked("e.created_at", "since", "timestamptz", ">=")}
+                AND {_asked("e.created_at", "until", "timestamptz", "<")}
             ORDER BY e.txid {order}, e.id {order} LIMIT :limit) page
         ORDER BY txid, id
         """,
@@ -980,12 +964,12 @@ class DeadLetter(DeadLetterLine, frozen=True, kw_only=True):
     """The same with its body: the bytes as they came, and for people as text with the undecodable escaped."""
 
     body: bytes
-    text: str = ""
+    text: str
 
 
 _DEAD_LETTER = """
 SELECT d.id, l.name AS location, d.stream, d.entry_id, d.reason, d.event_id, d.state, d.actor, d.created_at,
-    octet_length(d.body) AS size{more}
+    octet_length(d.body) AS size, d.body
 FROM dead_letter d JOIN data_location l ON l.id = d.location_id
 """
 
@@ -995,7 +979,7 @@ def dead_letters(conn: Connection, state: DeadLetterState | None = "open") -> li
     return _rows(
         conn,
         DeadLetterLine,
-        _DEAD_LETTER.format(more="") + "WHERE CAST(:state AS text) IS NULL OR d.state = :state ORDER BY d.id DESC",
+        f"{_DEAD_LETTER} WHERE {_asked('d.state', 'state')} ORDER BY d.id DESC",
         state=state,
     )
 
@@ -1006,15 +990,11 @@ def dead_letter(conn: Connection, dead_letter_id: int) -> DeadLetter:
     Raises:
         NotFoundError: no such dead letter.
     """
-    row = conn.execute(
-        text(_DEAD_LETTER.format(more=", d.body") + "WHERE d.id = :id"), {"id": dead_letter_id}
-    ).mappings()
-    found = row.first()
-    if found is None:
+    found = _all(conn, f"{_DEAD_LETTER} WHERE d.id = :id", id=dead_letter_id)
+    if not found:
         raise NotFoundError(f"unknown dead letter {dead_letter_id}")
-    body = bytes(found["body"])
-    fields = {k: _utc(v) for k, v in found.items()} | {"body": body}
-    return DeadLetter(**fields, text=body.decode("utf-8", "backslashreplace"))
+    body = bytes(found[0]["body"])
+    return DeadLetter(**found[0] | {"body": body, "text": body.decode("utf-8", "backslashreplace")})
 
 
 # --- verify ---
@@ -1159,19 +1139,12 @@ class LineageNode(Struct, frozen=True, kw_only=True):
     downstream: list[LineageNode] = []
 
 
+_READS_RAW = "NOT EXISTS (SELECT 1 FROM run_input i WHERE i.run_id = r.id)"
 _Key = tuple[LineageKind, int]
 
 
-class _Links(Struct):
-    """Nodes, and the arrows between them in the direction of the data."""
-
-    nodes: dict[_Key, LineageNode]
-    before: defaultdict[_Key, list[_Key]]
-    after: defaultdict[_Key, list[_Key]]
-
-    def link(self, source: _Key, target: _Key) -> None:
-        self.before[target].append(source)
-        self.after[source].append(target)
+_Arrow = tuple[_Key, _Key]
+"""From a thing to what was made from it."""
 
 
 def lineage(conn: Connection, kind: LineageKind, key: int | str) -> LineageNode:
@@ -1196,178 +1169,169 @@ def lineage(conn: Connection, kind: LineageKind, key: int | str) -> LineageNode:
         root, seeds = (kind, product), [run]
         up = _closure(conn, seeds, "run_id", "upstream_run_id")
     else:
-        if not str(key).isdecimal():
+        run_id = _number(str(key))
+        if run_id is None:
             _no_run(conn, key)
-        root, seeds = (kind, int(key)), [int(key)]
+        root, seeds = (kind, run_id), [run_id]
         up = _closure(conn, seeds, "run_id", "upstream_run_id")
     down = _closure(conn, seeds, "upstream_run_id", "run_id")
-    links = _load(conn, root, up, down)
-    if kind is LineageKind.PACKAGE:
-        for run in seeds:
-            links.link(root, (LineageKind.RUN, run))
-    if root not in links.nodes:
+    nodes, arrows = _load(conn, root, up, down)
+    if root not in nodes:
         _no_run(conn, key)
-    return structs.replace(
-        links.nodes[root],
-        upstream=_grow(root, links.nodes, links.before, "upstream").upstream,
-        downstream=_grow(root, links.nodes, links.after, "downstream").downstream,
-    )
+    if kind is LineageKind.PACKAGE:
+        arrows += [(root, (LineageKind.RUN, run)) for run in seeds]
+    before: defaultdict[_Key, list[_Key]] = defaultdict(list)
+    after: defaultdict[_Key, list[_Key]] = defaultdict(list)
+    for source, target in arrows:
+        before[target].append(source)
+        after[source].append(target)
+    upstream = _grow(root, nodes, before, "upstream").upstream
+    return structs.replace(_grow(root, nodes, after, "downstream"), upstream=upstream)
 
 
 def _package_seeds(conn: Connection, name: str) -> tuple[_Key, list[int]]:
     """A package, and the runs that read it themselves."""
     _require(conn, "raw data package", name, _PACKAGES)
-    package = conn.execute(text("SELECT id FROM raw_data_package WHERE name = :name"), {"name": name}).scalar_one()
-    found = conn.execute(
-        text(
-            f"""
-            SELECT r.id FROM unit_member m JOIN unit u ON u.id = m.unit_id
-            JOIN reduction_step s ON s.pipeline_id = u.pipeline_id
-            JOIN run r ON r.step_id = s.id AND {_PINNED}
-            WHERE m.package_id = :package AND NOT EXISTS (SELECT 1 FROM run_input i WHERE i.run_id = r.id)
-            ORDER BY r.id
-            """
-        ),
-        {"package": package},
+    (package,) = _column(conn, "SELECT id FROM raw_data_package WHERE name = :name", name=name)
+    runs = _column(
+        conn,
+        f"""
+        SELECT r.id FROM unit_member m JOIN unit u ON u.id = m.unit_id
+        JOIN reduction_step s ON s.pipeline_id = u.pipeline_id JOIN run r ON r.step_id = s.id AND {_PINNED}
+        WHERE m.package_id = :package AND {_READS_RAW} ORDER BY r.id
+        """,
+        package=package,
     )
-    return (LineageKind.PACKAGE, package), list(found.scalars())
+    return (LineageKind.PACKAGE, package), runs
 
 
 def _find_product(conn: Connection, key: str) -> tuple[int, int]:
     """Ids of a product and its run."""
-    found = conn.execute(
-        text(
-            """
-            SELECT DISTINCT d.id, d.run_id, d.path, d.superseded_by IS NOT NULL AS superseded
-            FROM data_product d LEFT JOIN physical_copy c ON c.product_id = d.id
-            LEFT JOIN data_location l ON l.id = c.location_id
-            WHERE CASE WHEN CAST(:id AS bigint) IS NOT NULL THEN d.id = :id ELSE d.path = :path
-                OR right(d.path, length(:path) + 1) = '/' || :path OR c.path = :path
-                OR rtrim(l.root, '/') || '/' || c.path = :path END
-            ORDER BY superseded, d.id DESC
-            """
-        ),
-        {"id": int(key) if key.isdecimal() else None, "path": key},
-    ).all()
+    found = _all(
+        conn,
+        """
+        SELECT DISTINCT d.id, d.run_id, d.path, d.superseded_by IS NOT NULL AS superseded
+        FROM data_product d LEFT JOIN physical_copy c ON c.product_id = d.id
+        LEFT JOIN data_location l ON l.id = c.location_id
+        WHERE CASE WHEN CAST(:id AS bigint) IS NOT NULL THEN d.id = :id ELSE d.path = :path
+            OR right(d.path, length(:path) + 1) = '/' || :path OR c.path = :path
+            OR rtrim(l.root, '/') || '/' || c.path = :path END
+        ORDER BY d.id DESC
+        """,
+        id=_number(key),
+        path=key,
+    )
     if not found:
         _not_found(conn, "product", key, _PRODUCTS)
-    current = [d for d in found if not d.superseded] or found
+    current = [d for d in found if not d["superseded"]] or found
     if len(current) > 1:
-        listed = ", ".join(f"{d.id} ({d.path} of run {d.run_id})" for d in current[:5])
+        listed = ", ".join(f"{d['id']} ({d['path']} of run {d['run_id']})" for d in current[:5])
         more = ", ..." if len(current) > 5 else ""
         raise UsageError(f"{len(current)} products are named {key!r}; name one by its id: {listed}{more}")
-    return current[0].id, current[0].run_id
+    return current[0]["id"], current[0]["run_id"]
+
+
+def _number(key: str) -> int | None:
+    return int(key) if re.fullmatch(r"\d{1,18}", key, re.ASCII) else None
 
 
 def _closure(conn: Connection, seeds: Sequence[int], along: str, to: str) -> list[int]:
     """All runs that are reached from these along run_input, themselves included; each once."""
-    found = conn.execute(
-        text(
-            f"""
-            WITH RECURSIVE reached(id) AS (
-                SELECT unnest(CAST(:seeds AS bigint[]))
-                UNION SELECT i.{to} FROM reached JOIN run_input i ON i.{along} = reached.id)
-            SELECT id FROM reached
-            """
-        ),
-        {"seeds": list(seeds)},
+    return _column(
+        conn,
+        f"""
+        WITH RECURSIVE reached(id) AS (
+            SELECT unnest(CAST(:seeds AS bigint[]))
+            UNION SELECT i.{to} FROM reached JOIN run_input i ON i.{along} = reached.id)
+        SELECT id FROM reached
+        """,
+        seeds=list(seeds),
     )
-    return list(found.scalars())
 
 
-def _load(conn: Connection, root: _Key, up: Sequence[int], down: Sequence[int]) -> _Links:
-    """Everything that lies between these runs: four statements."""
-    links = _Links({}, defaultdict(list), defaultdict(list))
-    run_ids = sorted({*up, *down})
-    root_product = root[1] if root[0] is LineageKind.PRODUCT else None
-    for r in conn.execute(
-        text(
-            f"""
-            SELECT r.id, p.name AS pipeline, s.name AS step, u.key AS unit, r.state, r.attempt, r.finished_at,
-                sw.name AS software, sv.version, cf.name AS config, cr.revision, cr.parameters
-            FROM {_RUN_TABLES} JOIN software_version sv ON sv.id = r.software_version_id
-            JOIN software sw ON sw.id = sv.software_id
-            LEFT JOIN config_revision cr ON cr.id = r.config_revision_id LEFT JOIN config cf ON cf.id = cr.config_id
-            WHERE r.id = ANY(:runs)
-            """
-        ),
-        {"runs": run_ids},
-    ).mappings():
+def _load(
+    conn: Connection, root: _Key, up: Sequence[int], down: Sequence[int]
+) -> tuple[dict[_Key, LineageNode], list[_Arrow]]:
+    """These runs with what they read and made, in four statements."""
+    runs = sorted({*up, *down})
+    nodes: dict[_Key, LineageNode] = {}
+    arrows: list[_Arrow] = []
+    for r in _all(
+        conn,
+        f"""
+        SELECT r.id, p.name AS pipeline, s.name AS step, u.key AS unit, r.state, r.attempt, r.finished_at,
+            sw.name AS software, sv.version, cf.name AS config, cr.revision, cr.parameters
+        FROM {_RUN_TABLES} {_RUN_SOFTWARE} WHERE r.id = ANY(:runs)
+        """,
+        runs=runs,
+    ):
         config = f", config {r['config']} revision {r['revision']}" if r["config"] else ""
-        links.nodes[LineageKind.RUN, r["id"]] = LineageNode(
+        nodes[LineageKind.RUN, r["id"]] = LineageNode(
             kind=LineageKind.RUN,
-            id=r["id"],
-            label=f"{r['id']} {r['pipeline']}/{r['step']} {r['unit']}",
+            id=r.pop("id"),
+            label=f"{r['pipeline']}/{r['step']} {r['unit']}",
             note=f"{r['state']}, {r['software']} {r['version']}{config}",
-            details={k: _utc(v) for k, v in r.items() if k != "id"},
+            details=r,
         )
     read: defaultdict[int, list[_Key]] = defaultdict(list)
-    for d in conn.execute(
-        text(
-            """
-            SELECT id, run_id, type, path, size, checksum, metrics, superseded_by, created_at FROM data_product
-            WHERE run_id = ANY(:down) OR (run_id = ANY(:up) AND (type = 'INTERMEDIATE' OR id = :root))
-            ORDER BY path, id
-            """
-        ),
-        {"up": list(up), "down": list(down), "root": root_product},
-    ).mappings():
-        key = (LineageKind.PRODUCT, d["id"])
-        superseded = f", superseded by run {d['superseded_by']}" if d["superseded_by"] else ""
-        links.nodes[key] = LineageNode(
-            kind=LineageKind.PRODUCT,
-            id=d["id"],
-            label=d["path"],
-            note=f"{d['type']}, {d['size']} bytes{superseded}",
-            details={k: _utc(v) for k, v in d.items() if k not in ("id", "path")},
-        )
-        links.link((LineageKind.RUN, d["run_id"]), key)
-        if d["type"] == ProductType.INTERMEDIATE:
-            read[d["run_id"]].append(key)
-    for i in conn.execute(
-        text(
-            """
-            SELECT run_id, upstream_run_id FROM run_input
-            WHERE run_id = ANY(:runs) AND upstream_run_id = ANY(:runs) ORDER BY run_id, upstream_run_id
-            """
-        ),
-        {"runs": run_ids},
+    for d in _all(
+        conn,
+        """
+        SELECT id, run_id AS run, type, path, size, checksum, metrics, superseded_by, created_at FROM data_product
+        WHERE run_id = ANY(:down) OR (run_id = ANY(:up) AND (type = 'INTERMEDIATE' OR id = :root))
+        ORDER BY path, id
+        """,
+        up=up,
+        down=down,
+        root=root[1] if root[0] is LineageKind.PRODUCT else None,
     ):
-        for source in read[i.upstream_run_id] or [(LineageKind.RUN, i.upstream_run_id)]:
-            links.link(source, (LineageKind.RUN, i.run_id))
-    _load_packages(conn, links, root, up)
-    return links
-
-
-def _load_packages(conn: Connection, links: _Links, root: _Key, up: Sequence[int]) -> None:
-    """The packages that these runs read themselves, and the root if it is a package."""
-    rows = conn.execute(
-        text(
-            f"""
-            SELECT r.id AS run, k.id, k.name, k.state, k.size, e.name AS executed_obs_unit, k.registered_at
-            FROM raw_data_package k JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id
-            JOIN unit_member m ON m.package_id = k.id JOIN run r ON {_PINNED}
-            WHERE r.id = ANY(:up) AND NOT EXISTS (SELECT 1 FROM run_input i WHERE i.run_id = r.id)
-            UNION ALL
-            SELECT NULL, k.id, k.name, k.state, k.size, e.name, k.registered_at
-            FROM raw_data_package k JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id WHERE k.id = :root
-            ORDER BY name, run
-            """
-        ),
-        {"up": list(up), "root": root[1] if root[0] is LineageKind.PACKAGE else None},
-    ).mappings()
-    for k in rows:
-        key = (LineageKind.PACKAGE, k["id"])
-        if key not in links.nodes:
-            links.nodes[key] = LineageNode(
-                kind=LineageKind.PACKAGE,
-                id=k["id"],
-                label=k["name"],
-                note=f"{k['state']}, {k['size']} bytes",
-                details={name: _utc(v) for name, v in k.items() if name not in ("run", "id", "name")},
-            )
-        if k["run"] is not None:
-            links.link(key, (LineageKind.RUN, k["run"]))
+        product, run = (LineageKind.PRODUCT, d.pop("id")), (LineageKind.RUN, d["run"])
+        superseded = f", superseded by run {d['superseded_by']}" if d["superseded_by"] else ""
+        nodes[product] = LineageNode(
+            kind=LineageKind.PRODUCT,
+            id=product[1],
+            label=d.pop("path"),
+            note=f"{d['type']}, {d['size']} bytes{superseded}",
+            details=d,
+        )
+        arrows.append((run, product))
+        if d["type"] == ProductType.INTERMEDIATE:
+            read[d["run"]].append(product)
+    for i in _all(
+        conn,
+        """
+        SELECT run_id, upstream_run_id FROM run_input
+        WHERE run_id = ANY(:runs) AND upstream_run_id = ANY(:runs) ORDER BY run_id, upstream_run_id
+        """,
+        runs=runs,
+    ):
+        upstream = (LineageKind.RUN, i["upstream_run_id"])
+        arrows += [(source, (LineageKind.RUN, i["run_id"])) for source in read[upstream[1]] or [upstream]]
+    for k in _all(
+        conn,
+        f"""
+        WITH needed AS (
+            SELECT r.id AS run, m.package_id FROM run r JOIN unit_member m ON {_PINNED}
+            WHERE r.id = ANY(:up) AND {_READS_RAW}
+            UNION ALL SELECT NULL, CAST(:root AS bigint))
+        SELECT n.run, k.id, k.name, k.state, k.size, e.name AS executed_obs_unit, k.registered_at
+        FROM needed n JOIN raw_data_package k ON k.id = n.package_id
+        JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id ORDER BY n.run, k.name
+        """,
+        up=up,
+        root=root[1] if root[0] is LineageKind.PACKAGE else None,
+    ):
+        package, reader = (LineageKind.PACKAGE, k.pop("id")), k.pop("run")
+        nodes[package] = LineageNode(
+            kind=LineageKind.PACKAGE,
+            id=package[1],
+            label=k.pop("name"),
+            note=f"{k['state']}, {k['size']} bytes",
+            details=k,
+        )
+        if reader is not None:
+            arrows.append((package, (LineageKind.RUN, reader)))
+    return nodes, arrows
 
 
 def _grow(
@@ -1410,7 +1374,11 @@ def _branches(nodes: Sequence[LineageNode], side: str, indent: str) -> Iterator[
 
 def _describe(node: LineageNode) -> str:
     note = "see above" if node.repeated else node.note
-    return f"{node.kind} {node.label}" + (f" ({note})" if note else "")
+    return _name(node) + (f" ({note})" if note else "")
+
+
+def _name(node: LineageNode) -> str:
+    return f"run {node.id} {node.label}" if node.kind is LineageKind.RUN else f"{node.kind} {node.label}"
 
 
 _MERMAID_SHAPES = {
@@ -1427,7 +1395,7 @@ def mermaid(node: LineageNode) -> str:
 
     def draw(n: LineageNode) -> str:
         name = f"{n.kind}{n.id}"
-        label = re.sub(r"[^\w ,.()/@:-]", lambda match: f"#{ord(match[0])};", f"{n.kind} {n.label}")
+        label = re.sub(r"[^\w ,.()/@:-]", lambda match: f"#{ord(match[0])};", _name(n))
         shapes.setdefault(name, name + _MERMAID_SHAPES[n.kind].format(label))
         for source in n.upstream:
             arrows[draw(source), name] = None
@@ -1436,12 +1404,8 @@ def mermaid(node: LineageNode) -> str:
         return name
 
     root = draw(node)
-    lines = [
-        *shapes.values(),
-        *(f"{source} --> {target}" for source, target in arrows),
-        f"style {root} stroke-width:3px",
-    ]
-    return "\n    ".join(["flowchart LR", *lines]) + "\n"
+    links = (f"{source} --> {target}" for source, target in arrows)
+    return "\n    ".join(["flowchart LR", *shapes.values(), *links, f"style {root} stroke-width:3px"]) + "\n"
 
 
 # --- lists ---
@@ -1539,19 +1503,21 @@ def packages(
     return _rows(
         conn,
         PackageLine,
-        """
+        f"""
         WITH page AS MATERIALIZED (
             SELECT * FROM raw_data_package k
-            WHERE (CAST(:like AS text) IS NULL OR k.name LIKE :like) AND (CAST(:state AS text) IS NULL OR k.state = :state)
+            WHERE {_asked("k.name", "name", "text", "LIKE")} AND {_asked("k.state", "state")}
             ORDER BY k.id DESC LIMIT :limit)
-        SELECT k.id, k.name, k.state, k.size, e.name AS executed_obs_unit, im.name AS instrument_module, k.registered_at,
+        SELECT k.id, k.name, k.state, k.size, k.registered_at,
+            e.name AS executed_obs_unit, im.name AS instrument_module,
             (SELECT count(*) FROM raw_data_file f WHERE f.package_id = k.id) AS files,
-            (SELECT coalesce(jsonb_object_agg(l.name, c.status), '{}') FROM physical_copy c
-                JOIN data_location l ON l.id = c.location_id WHERE c.package_id = k.id AND c.status <> 'deleted') AS copies
+            (SELECT coalesce(jsonb_object_agg(l.name, c.status), '{{}}') FROM physical_copy c
+                JOIN data_location l ON l.id = c.location_id
+                WHERE c.package_id = k.id AND c.status <> 'deleted') AS copies
         FROM page k JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id
         JOIN instrument_module im ON im.id = k.instrument_module_id ORDER BY k.id DESC
         """,
-        like=None if pattern is None else _like(pattern),
+        name=None if pattern is None else _like(pattern),
         state=state,
         limit=limit,
     )
@@ -1586,16 +1552,16 @@ def counts(conn: Connection, location_id: int) -> Counts:
         NotFoundError: no such location.
     """
     _require_location(conn, location_id)
-    here = {"loc": location_id}
-    by_state = conn.execute(text("SELECT state, count(*) FROM run WHERE location_id = :loc GROUP BY state"), here)
+    by_state = _all(
+        conn, "SELECT state, count(*) AS n FROM run WHERE location_id = :loc GROUP BY state", loc=location_id
+    )
     tasks: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for kind, state, n in conn.execute(
-        text(
-            "SELECT kind, state, count(*) FROM task WHERE location_id = :loc GROUP BY kind, state ORDER BY kind, state"
-        ),
-        here,
+    for t in _all(
+        conn,
+        "SELECT kind, state, count(*) AS n FROM task WHERE location_id = :loc GROUP BY 1, 2 ORDER BY 1, 2",
+        loc=location_id,
     ):
-        tasks[kind][state] = n
+        tasks[t["kind"]][t["state"]] = t["n"]
     pending = _rows(
         conn,
         PendingLine,
@@ -1606,10 +1572,12 @@ def counts(conn: Connection, location_id: int) -> Counts:
         """,
         loc=location_id,
     )
-    dead = conn.execute(text("SELECT count(*) FROM dead_letter WHERE location_id = :loc AND state = 'open'"), here)
+    (dead,) = _column(
+        conn, "SELECT count(*) FROM dead_letter WHERE location_id = :loc AND state = 'open'", loc=location_id
+    )
     return Counts(
-        runs=dict.fromkeys(RunState, 0) | {RunState(s): n for s, n in by_state},
+        runs=dict.fromkeys(RunState, 0) | {RunState(r["state"]): r["n"] for r in by_state},
         tasks=dict(tasks),
         pending=pending,
-        dead_letters=dead.scalar_one(),
+        dead_letters=dead,
     )

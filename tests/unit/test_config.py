@@ -147,10 +147,13 @@ def test_nothing_but_the_documented_sources_counts(monkeypatch: pytest.MonkeyPat
         "DYNACONF_BATCH_SIZE": "13",
         "ENVVAR_PREFIX_FOR_DYNACONF": "OTHER",
         "OTHER_BATCH_SIZE": "13",
+        "AUTO_CAST_FOR_DYNACONF": "true",
+        "LOADERS_FOR_DYNACONF": '["dynaconf.loaders.env_loader"]',
     }.items():
         monkeypatch.setenv(variable, value)
-    settings = load({"WFM_SETTINGS_FILE": str(site)})
+    settings = load({"WFM_SETTINGS_FILE": str(site), "WFM_SLURM_PARTITION": "@int 5"})
     assert (settings.env, settings.batch_size, settings.max_deliveries) == ("localdev", 200, 2)
+    assert settings.slurm_partition == "@int 5"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ Source of the noise model: De Pontieu et al. 2014, Solar Physics 289, 2733, sect
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +66,7 @@ def calibrate_scan(
     names = {primary[f"TDESC{i}"]: i for i in range(1, primary["NWIN"] + 1)}
     if unknown := [w for w in windows if w not in names]:
         raise BadInputError(f"no window {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
-    exposures = exposure_table(raw[primary["NWIN"] + 1])
+    exposures = exposures_of(raw[primary["NWIN"] + 1])
     kept = fits.Header([primary.cards[name] for name in KEPT])
     product = fits.HDUList([fits.PrimaryHDU(header=kept)])
     log = []
@@ -89,7 +88,8 @@ def calibrate_scan(
             hdu.header["BUNIT"] = ("adu/s", "DN per second")
         share = {m.name.lower(): f"{np.mean(mask == m):.4f}" for m in Mask}
         log.append(f"{window}: {', '.join(f'{name} {value}' for name, value in share.items())}")
-    product.append(fits.BinTableHDU(exposures, name="EXPOSURES"))
+    columns = [fits.Column(name, "D", unit="s", array=values) for name, values in exposures.items()]
+    product.append(fits.BinTableHDU.from_columns(columns, name="EXPOSURES"))
     return product, log
 
 
@@ -104,14 +104,17 @@ def sample_mask(
     return mask
 
 
-def exposure_table(auxiliary: fits.ImageHDU) -> npt.NDArray[Any]:
+def exposures_of(auxiliary: fits.ImageHDU) -> dict[str, FloatArray]:
     """Of each step: seconds since STARTOBS, and the exposure times of both detectors in seconds, NaN where not exposed.
 
     The header of the auxiliary extension names the column of each quantity.
     """
     time, fuv, nuv = (auxiliary.data[:, auxiliary.header[key]] for key in ("TIME", "EXPTIMEF", "EXPTIMEN"))
-    columns = [time, np.where(fuv > 0, fuv, np.nan), np.where(nuv > 0, nuv, np.nan)]
-    return np.rec.fromarrays(columns, names="TIME,EXPTIME_FUV,EXPTIME_NUV")
+    return {
+        "TIME": time.astype(np.float64),
+        "EXPTIME_FUV": np.where(fuv > 0, fuv, np.nan),
+        "EXPTIME_NUV": np.where(nuv > 0, nuv, np.nan),
+    }
 
 
 def window_header(primary: fits.Header, image: fits.Header, i: int) -> fits.Header:

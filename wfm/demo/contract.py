@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +73,7 @@ class Job:
             raise BadInputError(f"the manifest has no {key} named *{suffix}")
         if absent := [str(path) for path in found if not path.is_file()]:
             raise BadInputError(f"{key} that do not exist: {', '.join(absent)}")
-        if doubled := sorted({a.name for a, b in zip(found, found[1:], strict=False) if a.name == b.name}):
+        if doubled := sorted({a.name for a, b in pairwise(found) if a.name == b.name}):
             raise BadInputError(f"{key} given more than once: {', '.join(doubled)}")
         return found
 
@@ -120,6 +121,6 @@ def run(program: Callable[[Job], None]) -> NoReturn:
     try:
         program(Job.from_environment(os.environ))
     except BadInputError as e:
-        sys.stderr.write(f"{program.__name__}: {e}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).stem}: {e}\n")
         sys.exit(BAD_INPUT)
     sys.exit(0)

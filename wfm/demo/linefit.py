@@ -37,8 +37,10 @@ LIGHT_SPEED = 299792.458
 """In km/s."""
 FILL = 1
 """How the mask of the calibrated spectra marks a fill value."""
-INTENSITY_UNIT, VELOCITY_UNIT = "adu Angstrom/s", "km/s"
+CONTINUUM_UNIT, INTENSITY_UNIT, VELOCITY_UNIT = "adu/s", "adu Angstrom/s", "km/s"
 MAPS = {
+    "CONTINUUM": CONTINUUM_UNIT,
+    "CONTINUUM_ERROR": CONTINUUM_UNIT,
     "INTENSITY": INTENSITY_UNIT,
     "INTENSITY_ERROR": INTENSITY_UNIT,
     "VELOCITY": VELOCITY_UNIT,
@@ -76,8 +78,8 @@ def fit_scan(
         spectra: what the step ``calibrate`` made.
         min_snr: velocity and width are NaN where intensity / error is below this.
         min_continuum_samples: everything is NaN where fewer samples beside the line are valid.
-        lines: by name: ``window``, ``rest_wavelength``, ``half_width`` of the line and ``continuum`` (nearest and
-            farthest distance from the rest wavelength of the samples that give the continuum, on both sides), in Angstrom.
+        lines: by name: ``window``, ``rest_wavelength``, ``half_width`` of the line, and ``continuum``: nearest and
+            farthest distance from the rest wavelength of the samples beside it, on both sides; in Angstrom.
     """
     product = fits.HDUList([fits.PrimaryHDU(header=spectra[0].header)])
     quality = {}
@@ -157,6 +159,8 @@ def moments(
         step = wavelength[1] - wavelength[0]
         to_velocity = LIGHT_SPEED / rest
         return {
+            "CONTINUUM": continuum,
+            "CONTINUUM_ERROR": np.sqrt(continuum_variance),
             "INTENSITY": total * step,
             "INTENSITY_ERROR": error(np.ones_like(f)) * step,
             "VELOCITY": centre * to_velocity,
@@ -171,11 +175,11 @@ def moments(
 def map_header(spectrum: fits.Header) -> fits.Header:
     """The world coordinates of a (step, slit pixel) image: those of the spectra without their first axis."""
     header = fits.Header()
-    for new, old in ((1, 2), (2, 3)):
+    for axis in (1, 2):
         for key in ("CTYPE", "CUNIT", "CRPIX", "CRVAL", "CDELT"):
-            header[f"{key}{new}"] = spectrum[f"{key}{old}"]
-    for new, old in (("1_1", "2_2"), ("1_2", "2_3"), ("2_1", "3_2"), ("2_2", "3_3")):
-        header[f"PC{new}"] = spectrum[f"PC{old}"]
+            header[f"{key}{axis}"] = spectrum[f"{key}{axis + 1}"]
+        for other in (1, 2):
+            header[f"PC{axis}_{other}"] = spectrum[f"PC{axis + 1}_{other + 1}"]
     return header
 
 

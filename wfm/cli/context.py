@@ -1,0 +1,258 @@
+"""What commands share: settings, the servers, who acts, and errors as people read them."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from wfm.cli import output
+from wfm.errors import UnavailableError, UsageError, WfmError
+from wfm.model import Actor
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy import Connection, Engine
+
+    from wfm.config import Settings
+    from wfm.events import Message
+    from wfm.store import Store, Tx
+
+T = TypeVar("T")
+
+reason = click.option("--reason", default="", metavar="TEXT", help="Why; stands in the history beside your name.")
+Key = click.IntRange(1, 2**63 - 1)
+"""The id of a row."""
+
+
+class Time(click.ParamType[Any]):
+    """An ISO 8601 time; UTC where it has no offset."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        from wfm.grouping import parse_time
+
+        try:
+            return parse_time(value) if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is not an ISO 8601 time such as 2026-03-01T04:30:00Z", param, ctx)
+
+
+def actor(reason: str = "") -> Actor:
+    """The person at the keyboard."""
+    return Actor(f"user:{getpass.getuser()}", reason)
+
+
+def split(target: str) -> tuple[str, str | None]:
+    """PIPELINE[/STEP] in its parts."""
+    pipeline, _, step = target.partition("/")
+    return pipeline, step or None
+
+
+# --- settings and servers ---
+
+
+def load_settings() -> Settings:
+    """The settings, after telling what is odd about them. The addresses of embedded servers are still missing."""
+    from wfm import config
+
+    settings = config.load()
+    for warning in settings.warnings:
+        output.warn(warning)
+    if settings.log_level == "DEBUG":
+        start_logging("DEBUG", "wfm")
+    return settings
+
+
+def start_logging(level: str, name: str) -> None:
+    """Log to standard error, one line each: time in UTC, level, who, what."""
+    form = logging.Formatter(
+        f"%(asctime)s.%(msecs)03dZ %(levelname)s {name.replace('%', '%%')}: %(message)s", "%Y-%m-%dT%H:%M:%S"
+    )
+    form.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(form)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("transitions").setLevel(logging.WARNING)  # it tells every step of every run
+
+
+def open_settings() -> Settings:
+    """The settings with the addresses of the servers; see `with_servers`."""
+    return with_servers(load_settings())
+
+
+def with_servers(settings: Settings) -> Settings:
+    """Settings with the addresses of the servers.
+
+    Raises:
+        UnavailableError: the servers would be embedded ones, and they do not run.
+    """
+    if not settings.embedded:
+        return settings
+    from wfm.embedded import Embedded
+
+    servers = Embedded(settings.home)
+    if not servers.status()["postgres"].running:
+        raise UnavailableError(
+            f"nothing runs in {settings.home}: start it with `wfm up`, set WFM_HOME to the home of a running system, "
+            "or set WFM_DATABASE_URL and WFM_REDIS_URL to servers of your own"
+        )
+    return settings.with_servers(servers.database_url, servers.redis_url)
+
+
+class Deployment:
+    """The configured database and Redis, as a command uses them."""
+
+    def __init__(self, settings: Settings) -> None:
+        from wfm.service import open_store
+
+        self.settings = settings
+        self.location = settings.processing_location_id
+        self.store: Store = open_store(settings)
+
+    @contextmanager
+    def read(self) -> Iterator[Tx]:
+        """A transaction that only reads."""
+        with self.store.begin() as tx:
+            yield tx
+
+    def write(self, work: Callable[[Tx], T]) -> T:
+        """Do `work` in one transaction, and publish its events after the commit."""
+        value, outbox = self.store.retrying(work)
+        self.publish(outbox)
+        return value
+
+    def publish(self, outbox: Sequence[Message]) -> None:
+        """Publish, at best: everything is in the ledger already."""
+        from wfm.bus import RedisError
+        from wfm.service import open_bus
+
+        try:
+            open_bus(self.settings).send(outbox)
+        except RedisError as e:
+            output.warn(f"committed, but Redis cannot be told now ({e}): the roles tell it when it is back")
+
+
+@contextmanager
+def deployment(settings: Settings | None = None) -> Iterator[Deployment]:
+    """The configured deployment; `open_settings` if no settings are given."""
+    opened = Deployment(settings or open_settings())
+    try:
+        yield opened
+    finally:
+        opened.store.close()
+
+
+def schema_fault(engine: Engine, schema: str) -> str:
+    """Why this version cannot work with a database's tables; empty if it can."""
+    from wfm import migrations
+
+    found, wanted = migrations.current(engine, schema), migrations.head()
+    if found == wanted:
+        return ""
+    if found is None:
+        return f"schema {schema} of the database has no tables of wfm: run `wfm db upgrade`"
+    return (
+        f"schema {schema} of the database is at revision {found}, this version of wfm needs {wanted}: run "
+        "`wfm db upgrade`, or a newer wfm if the database is the newer one"
+    )
+
+
+def location_fault(conn: Connection, location_id: int) -> str:
+    """Why there is nothing to serve at the configured location; empty if there is."""
+    known = processing_locations(conn)
+    if location_id in known:
+        return ""
+    listed = ", ".join(f"{i} ({name})" for i, name in known.items()) or "none"
+    return (
+        f"PROCESSING_LOCATION_ID is {location_id}, but the catalogue has no such location of type processing "
+        f"(there: {listed}). Set it to one of these, or apply one: `wfm apply -f FILE` with kind: location, "
+        f"id: {location_id}, name, site, type: processing, root"
+    )
+
+
+def processing_locations(conn: Connection) -> dict[int, str]:
+    """The names of the locations where jobs can run, by id."""
+    from sqlalchemy import text
+
+    rows = conn.execute(text("SELECT id, name FROM data_location WHERE type = 'processing' ORDER BY id"))
+    return {r.id: r.name for r in rows}
+
+
+# --- errors ---
+
+
+def explain(error: Exception) -> WfmError | None:
+    """What an error of a server means to people; None if it is a defect of ours."""
+    if isinstance(error, WfmError):
+        return error
+    if "redis" in sys.modules:
+        import redis.exceptions
+
+        if isinstance(error, redis.exceptions.RedisError):
+            return UnavailableError(f"Redis does not answer as it should: {error}\n{_look('redis_url', 'redis_host')}")
+    if "sqlalchemy" in sys.modules:
+        from sqlalchemy.exc import DBAPIError
+
+        if isinstance(error, DBAPIError):
+            return _explain_database(error)
+    return None
+
+
+_TABLES_MISSING = {"42P01", "42703", "3F000"}
+"""Undefined table, undefined column, invalid schema name."""
+_NOT_ALLOWED = {"42501"}
+
+
+def _explain_database(error: Any) -> WfmError | None:
+    from wfm.store import is_connection_error
+
+    code = getattr(error.orig, "pgcode", None)
+    said = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+    if code in _TABLES_MISSING:
+        return UsageError(f"the tables of wfm are missing, or of another version ({said}): run `wfm db upgrade`")
+    if code in _NOT_ALLOWED:
+        return UsageError(f"the database user may not do this ({said}): see `wfm doctor`")
+    if is_connection_error(error):
+        return UnavailableError(f"Postgres cannot be reached: {said}\n{_look('database_url')}")
+    return None
+
+
+def _look(*names: str) -> str:
+    """Where to look when a server is away."""
+    from wfm import config
+
+    settings = config.load()
+    if settings.embedded:
+        return f"look at the logs in {settings.home / 'log'}, and at what `wfm doctor` says"
+    shown = [f"{name} = {value} (from {source})" for name, value, source in settings.describe() if name in names]
+    return f"look at {', '.join(shown)}, and at what `wfm doctor` says"
+
+
+class _Shown(click.ClickException):
+    """An error as click prints it: every fault in a line of its own."""
+
+    def __init__(self, error: WfmError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+        self.faults: Sequence[str] = getattr(error, "faults", (str(error),))
+
+    def show(self, file: Any = None) -> None:
+        for fault in self.faults:
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {fault}", file=file, err=file is None)
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the command with what an error means to people."""
+    shown = explain(error)
+    if shown is None:
+        shown = WfmError(f"{type(error).__name__}: {error}\nthis is a defect of wfm; --debug shows where")
+    raise _Shown(shown) from error
