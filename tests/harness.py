@@ -65,7 +65,7 @@ class World:
         self.archive.mkdir()
         self.ledger = directory / "ledger.txt"
         self.ledger.touch()
-        self.program = directory / "copy.py"
+        self.program = directory / "step_program.py"
         self.program.write_text(PROGRAM.format(ledger=str(self.ledger)))
         self.environ = {
             "WFM_DATABASE_URL": database_url,
@@ -243,7 +243,7 @@ class World:
         log = open(self.directory / f"{role}.log", "ab")  # noqa: SIM115 - belongs to the child
         with log:
             return subprocess.Popen(
-                [sys.executable, "-m", "wfm", role],
+                [sys.executable, "-P", "-m", "wfm", role],
                 env={**os.environ, **self.environ, **environ},
                 stdout=log,
                 stderr=log,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,23 @@ _MEMORY = Path("/dev/shm")
 _PLENTY = 4e9
 """Free bytes from which on the servers live in memory, where a new database takes 10 ms instead of 100 ms."""
 
+# Its input ends when the test session ends, even if that is killed.
+_KEEPER = """
+import shutil, sys
+from pathlib import Path
+from wfm.embedded import Embedded
+
+home = Path(sys.argv[1])
+servers = Embedded(home)
+try:
+    servers.start()
+    print("ready", flush=True)
+    sys.stdin.read()
+finally:
+    servers.stop()
+    shutil.rmtree(home)
+"""
+
 
 class Servers:
     """Our own servers in a directory of their own, or those that the environment names.
@@ -32,26 +51,31 @@ class Servers:
         self._database_url = os.environ.get("WFM_TEST_DATABASE_URL", "")
         self._redis_url = os.environ.get("WFM_TEST_REDIS_URL", "")
         self._free_numbers = list(range(16))
-        self._home: Path | None = None
+        self._keeper: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         if self._database_url and self._redis_url:
             return
         roomy = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _PLENTY
-        self._home = Path(tempfile.mkdtemp(prefix="wfm-tests-", dir=_MEMORY if roomy else None))
-        own = Embedded(self._home)
-        try:
-            own.start()
-        except BaseException:
+        home = Path(tempfile.mkdtemp(prefix="wfm-tests-", dir=_MEMORY if roomy else None))
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-c", _KEEPER, str(home)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the tests, which stop us in their own time
+        )
+        assert self._keeper.stdout is not None
+        if self._keeper.stdout.readline() != "ready\n":
             self.stop()
-            raise
+            raise RuntimeError("the servers for the tests did not start: the reason is on standard error")
+        own = Embedded(home)
         self._database_url = self._database_url or own.database_url
         self._redis_url = self._redis_url or own.redis_url
 
     def stop(self) -> None:
-        if self._home is not None:
-            Embedded(self._home).stop()
-            shutil.rmtree(self._home)
+        if self._keeper is not None:
+            self._keeper.communicate(timeout=120)
 
     @contextmanager
     def database(self, template: str | None = None) -> Iterator[str]:

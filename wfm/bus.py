@@ -175,7 +175,7 @@ class Bus:
             count=len(entries) * 4,
             consumername=self.consumer,
         )
-        counts = {p["message_id"].decode(): int(p["times_delivered"]) for p in pending}
+        counts = {bytes(p["message_id"]).decode(): int(p["times_delivered"]) for p in pending}
         return [Entry(e.stream, e.id, e.body, counts.get(e.id, 1)) for e in entries]
 
     # --- upkeep ---

@@ -294,7 +294,7 @@ def _entry_faults(entry: _Entry, there: Mapping[str, Any] | None) -> Iterator[st
             if value is None and column.foreign_keys and not column.nullable:
                 yield f" is not in the catalogue; give its {attribute} to create it"
         elif value is not None and there[attribute] not in (*_EMPTY, value):
-            yield f": {attribute} is {there[attribute]!s} in the catalogue, not {value!s}"
+            yield f": {attribute} is {_shown(there[attribute])} in the catalogue, not {_shown(value)}"
 
 
 def _entries(packages: Sequence[PackageIn], faults: list[Fault]) -> _Entries:
@@ -307,9 +307,8 @@ def _entries(packages: Sequence[PackageIn], faults: list[Fault]) -> _Entries:
         for column, value in zip(_ENTRIES[table], values, strict=True):
             other = entry.values[column]
             if value is not None and other not in (None, value):
-                faults.append(
-                    (n, f"{table} {name!r}: {_attribute(column)} is {value!s}, but {other!s} in another package")
-                )
+                conflict = f"is {_shown(value)}, but {_shown(other)} in another package"
+                faults.append((n, f"{table} {name!r}: {_attribute(column)} {conflict}"))
             entry.values[column] = value if other is None else other
 
     for n, p in enumerate(packages):
@@ -330,6 +329,10 @@ def target(column: Column[Any]) -> Table | None:
 
 def _attribute(column: Column[Any]) -> str:
     return column.name.removesuffix("_id") if column.foreign_keys else column.name
+
+
+def _shown(value: object) -> str:
+    return repr(str(value))
 
 
 def _existing(conn: Connection, table: Table, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -286,7 +286,7 @@ def _read(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
         if section not in SECTIONS or not isinstance(table, dict):
             faults.append(f"{path}: {section} is no section; allowed is {_one_of(SECTIONS, section)}")
             continue
-        sections[section] = {name.lower(): value for name, value in table.items()}
+        sections[section] = table
         unknown = [name for name in table if name.lower() not in SETTINGS]
         faults += [f"{path} [{section}]: unknown setting {name}{_nearest(name, SETTINGS)}" for name in unknown]
     return sections
@@ -346,4 +346,4 @@ def _shown(name: str, value: Any) -> str:
         return str(value).lower() if isinstance(value, bool) else str(value)
     if not name.endswith("_url"):
         return "***" if value else ""
-    return re.sub(r"(://[^:/?#@]*:).*(?=@)|(password=)[^&]*", r"\1\2***", value, flags=re.I | re.S)
+    return re.sub(r"(://[^:/@]*:)[^/@]*(?=@)|(password=)[^&]*", r"\1\2***", value, flags=re.IGNORECASE)

@@ -595,6 +595,12 @@ def _check_step(step: Step, steps: Mapping[str, Step], note: _NoteAt) -> None:
 # --- reading ---
 
 
+def _plain(spec: Struct) -> dict[str, Any]:
+    """A struct as the JSON that it makes."""
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(spec))
+    return plain
+
+
 def get(conn: Connection, kind: str, name: str | None = None) -> list[dict[str, Any]]:
     """Documents as they could be applied again, in the order of their names; JSON-safe.
 
@@ -649,7 +655,7 @@ def _rows(
 def _read(conn: Connection, kind: str, names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     """By name, documents without their kind."""
     if kind == "raw_data_package":
-        return {name: msgspec.to_builtins(package) for name, package in catalogue.read(conn, names).items()}
+        return {name: _plain(package) for name, package in catalogue.read(conn, names).items()}
     table = KINDS[kind].table
     where = [] if names is None else [table.c.name.in_(names)]
     if kind == "pipeline":
@@ -682,10 +688,13 @@ def _read_versions(conn: Connection, software: _Things) -> None:
 
 
 def _read_parameters(conn: Connection, configs: _Things) -> None:
-    revision = schema.config_revision.c
-    newest = select(revision.config_id, revision.parameters).distinct(revision.config_id)
-    newest = newest.where(revision.config_id.in_(configs)).order_by(revision.config_id, revision.revision.desc())
-    for config_id, parameters in conn.execute(newest):
+    table = schema.config_revision
+    other = table.alias()
+    newest = select(func.max(other.c.revision)).where(other.c.config_id == table.c.config_id).scalar_subquery()
+    rows = select(table.c.config_id, table.c.parameters).where(
+        table.c.config_id.in_(configs), table.c.revision == newest
+    )
+    for config_id, parameters in conn.execute(rows):
         configs[config_id]["parameters"] = parameters
 
 
@@ -778,12 +787,12 @@ def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_
         named = documents.of(kind)
         if kind == "raw_data_package":
             at = {name: document.spec.location for name, document in named.items()}
-            there = {n: msgspec.to_builtins(p) for n, p in catalogue.read(conn, list(at), at=at).items()}
+            there = {n: _plain(p) for n, p in catalogue.read(conn, list(at), at=at).items()}
         else:
             there = _read(conn, kind, list(named)) if named else {}
         for name, document in named.items():
             old = there.get(name, {})
-            new = _completed(kind, msgspec.to_builtins(document.spec), old, own)
+            new = _completed(kind, _plain(document.spec), old, own)
             differences = tuple(_differences(old, new))
             action: Literal["create", "update", "unchanged"] = "update" if differences else "unchanged"
             compared.append(_Compared(document, old, new, Change(kind, name, action if old else "create", differences)))
@@ -999,7 +1008,7 @@ def _values(
         referred = target(column)
         if referred is not None:
             named = referred.c.name.in_({thing[key] for thing in things} - {None})
-            ids[key] = dict(conn.execute(select(referred.c.name, referred.c.id).where(named)).tuples().all())
+            ids[key] = dict(conn.execute(select(referred.c.name, referred.c.id).where(named)).all())
     return [
         {c.name: ids[key].get(thing[key]) if key in ids else thing[key] for key, c in columns.items()}
         for thing in things
@@ -1146,4 +1155,4 @@ def _users(
             named = conn.scalars(select(label).where(or_(*refers)).order_by(label).limit(5))
             yield f"{table} {', '.join(named)}" + (f" and {count - 5} more" if count > 5 else "")
         elif count:
-            yield f"{count} rows of {table}"
+            yield f"{count} × {table}"

@@ -177,7 +177,7 @@ class Daemon:
                 _children.pop(pid, None)
         try:
             record = json.loads(self._pid_file.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         except PermissionError:
             raise UsageError(f"{self._pid_file.parent} belongs to another user: run wfm as that user") from None
@@ -201,7 +201,8 @@ class Daemon:
             UnavailableError: not even SIGKILL ended it.
         """
         gentle = _end(lambda: [pid for pid in (self.pid(),) if pid is not None], signals, grace)
-        self._pid_file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self._pid_file.unlink()
         return gentle
 
     def last_lines(self, count: int = 15) -> str:
@@ -464,6 +465,8 @@ class _Postgres(_Server):
         self.socket.parent.mkdir(mode=0o700, exist_ok=True)
         if account:
             os.chown(self.socket.parent, account.uid, account.gid)
+        for remains in self.data.parent.glob("new-*"):  # of a start that was killed
+            shutil.rmtree(remains, ignore_errors=True)
         if not self.data.exists():
             report(f"Postgres {version}: making an empty database in {self.data}")
             self._initialise([*prefix, str(program.with_name("initdb"))], account, options)
@@ -482,8 +485,6 @@ class _Postgres(_Server):
 
     def _initialise(self, initdb: list[str], account: _Account | None, options: Mapping[str, Any]) -> None:
         """Make the cluster beside its place and move it there whole: a kill leaves none or a good one."""
-        for remains in self.data.parent.glob("new-*"):
-            shutil.rmtree(remains, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix="new-", dir=self.data.parent))
         try:
             if account:

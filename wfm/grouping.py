@@ -294,7 +294,7 @@ def unit_key(values: Mapping[str, str | None]) -> str:
     exact = sorted(values.items())
     digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()[:16]
     slugs = (re.sub(r"[^a-z0-9._]+", "-", ("none" if v is None else v).lower()) for _, v in exact)
-    slug = "-".join(s for s in (s.strip("-._") for s in slugs) if s)[:_SLUG_CHARACTERS].rstrip("-._")
+    slug = "-".join(s for s in (s.strip("-._") for s in slugs) if s)[:_SLUG_CHARACTERS]
     return f"{slug}-{digest}" if slug else digest
 
 

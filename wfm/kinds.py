@@ -102,8 +102,8 @@ class Stage(_Base):
     def prepare(self, tx: Tx, tasks: Sequence[TaskRow]) -> Mapping[int, StagePlan]:
         runs = _runs_of(tx, tasks, RunState.STAGING_DATA)
         facts = job_facts(tx, list({r.id for r in runs.values()}), str(self.settings.pipeline_base_dir))
-        files = _input_files(tx, list(facts))
-        products = _input_products(tx, list(facts))
+        files = input_files(tx, list(facts))
+        products = input_products(tx, list(facts))
         plans = {}
         for task, run in runs.items():
             assert run.job is not None
@@ -160,7 +160,26 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
     }
 
 
-def _input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
+def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
+    """Fix which upstream results runs read: those that coverage rests on now."""
+    tx.run("DELETE FROM run_input WHERE run_id = ANY(:ids)", ids=list(run_ids))
+    tx.run(
+        """
+        INSERT INTO run_input (run_id, upstream_run_id)
+        SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id
+        JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
+        CROSS JOIN LATERAL (
+            SELECT r.unit_id AS unit_id WHERE us.dims = s.dims
+            UNION ALL SELECT lu.id FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
+            WHERE e.upper_id = r.unit_id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l
+        JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.unit_id) AND c.state = 'covered'
+        WHERE r.id = ANY(:ids)
+        """,
+        ids=list(run_ids),
+    )
+
+
+def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
     """By run, the raw data files of steps that depend on no other, as the pinned generation had them."""
     rows = tx.all(
         """
@@ -185,7 +204,7 @@ def _input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
     return found
 
 
-def _input_products(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputProduct]]:
+def input_products(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputProduct]]:
     """By run, the intermediate products of the upstream runs it reads."""
     rows = tx.all(
         """

@@ -27,7 +27,7 @@ from wfm.config import Settings
 from wfm.decide import Capacity, PendingRun, admit, wanted_digest
 from wfm.events import ENTRANCES, Event, PipelineChanged, RunEvent
 from wfm.jobs import build_spec
-from wfm.kinds import POLL, Poll, job_facts, open_purges, worker_kinds
+from wfm.kinds import POLL, Poll, job_facts, link_upstream, open_purges, worker_kinds
 from wfm.model import Actor, Role, RunState, TaskKind
 from wfm.store import HOLDS_SLOT, TASK_ON_ENTRY, WITHDRAWN, Move, RunRow, Store, Tx
 from wfm.tasks import Outcome, TaskRunner, foreign_kinds
@@ -364,21 +364,7 @@ class WorkflowManager(_Quiet):
 
     def _pin_inputs(self, tx: Tx, ids: Sequence[int]) -> set[int]:
         """Link the upstream results that runs read; returns the runs whose wanted digest these no longer give."""
-        tx.run("DELETE FROM run_input WHERE run_id = ANY(:ids)", ids=list(ids))
-        tx.run(
-            """
-            INSERT INTO run_input (run_id, upstream_run_id)
-            SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id
-            JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
-            CROSS JOIN LATERAL (
-                SELECT r.unit_id AS unit_id WHERE us.dims = s.dims
-                UNION ALL SELECT lu.id FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
-                WHERE e.upper_id = r.unit_id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l
-            JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.unit_id) AND c.state = 'covered'
-            WHERE r.id = ANY(:ids)
-            """,
-            ids=list(ids),
-        )
+        link_upstream(tx, ids)
         rows = tx.all(
             """
             SELECT r.id, r.wanted, u.digest, u.members, sw.name AS software, sv.version,

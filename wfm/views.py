@@ -1265,10 +1265,11 @@ def _load(
         """,
         runs=runs,
     ):
+        run = (LineageKind.RUN, r.pop("id"))
         config = f", config {r['config']} revision {r['revision']}" if r["config"] else ""
-        nodes[LineageKind.RUN, r["id"]] = LineageNode(
+        nodes[run] = LineageNode(
             kind=LineageKind.RUN,
-            id=r.pop("id"),
+            id=run[1],
             label=f"{r['pipeline']}/{r['step']} {r['unit']}",
             note=f"{r['state']}, {r['software']} {r['version']}{config}",
             details=r,

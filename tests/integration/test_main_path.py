@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_a_package_becomes_a_product(world):
     assert (run.state, run.attempt, run.exit_code) == ("COMPLETED", 1, 0)
     products = world.query("SELECT * FROM data_product WHERE type = 'SCIENCE'")
     path = os.path.join(run.job["directory"], products[0].path)
-    assert open(path).read() == "data of a\n"
+    assert Path(path).read_text() == "data of a\n"
     assert done_once(world) == 1
     world.assert_history()
 
@@ -167,7 +168,7 @@ def test_a_missing_file_a_wrong_checksum_and_a_missing_command_fail_with_a_clear
         world.assert_quiet()
     messages = {(r.step, r.unit.split("-")[0]): r.message for r in world.runs() if r.state == "FAILED"}
     assert "raw.txt" in messages["one", "missing"]
-    assert "checksum" in messages["one", "bad"]
+    assert "instead of sha256:0000" in messages["one", "bad"]
     gone = next(r for r in world.runs() if r.step == "gone")
     assert gone.failure == "input" or "/does/not/exist" in gone.message
     assert world.coverage()["one", next(r.unit for r in world.runs() if r.unit.startswith("bad"))].why == "failed"

@@ -156,6 +156,11 @@ def test_nothing_but_the_documented_sources_counts(monkeypatch: pytest.MonkeyPat
     assert settings.slurm_partition == "@int 5"
 
 
+def test_a_variable_of_another_dynaconf_program_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNACONF_OTHER", "@int x")
+    assert load({}).batch_size == 200
+
+
 @pytest.mark.parametrize(
     "text", ["0012", "true", "@int 5", "@format {this}", "@merge x", "[1]", "a=b", "{home}", NASTY]
 )
@@ -196,6 +201,8 @@ def test_text_becomes_the_type_of_the_setting(variable: str, text: str, expected
         ("LEASE_SECONDS", "0", "number above 0 to 86400"),
         ("LEASE_SECONDS", "nan", "number above 0 to 86400"),
         ("LEASE_SECONDS", "30s", "number above 0 to 86400"),
+        ("POLL_SECONDS", "x", "number above 0 to 86400"),
+        ("POLL_MAX_SECONDS", "x", "number above 0 to 86400"),
         ("STAGING_RESERVE_GB", "inf", "number from 0 to 1000000"),
         ("STAGING_RESERVE_GB", "-1", "number from 0 to 1000000"),
         ("REDIS_PORT", "65536", "integer from 1 to 65535"),
@@ -242,7 +249,7 @@ def test_an_empty_path_in_a_file_is_refused(tmp_path: Path) -> None:
     "url", ["mysql://u:hidden@h/d", "hidden", "postgresql://u:hidden@h:port/d", "postgresql://u:hid/den@h/d"]
 )
 def test_a_malformed_database_url_is_refused_unseen(url: str) -> None:
-    told = fault({"WFM_DATABASE_URL": url})
+    told = fault({"WFM_DATABASE_URL": url, "ENV_FOR_DYNACONF": "production"})
     assert told == "database_url (from WFM_DATABASE_URL) = ***: allowed is a postgresql:// URL"
 
 
@@ -379,8 +386,8 @@ def everything_shown(settings: Settings) -> str:
 def test_no_secret_is_shown() -> None:
     settings = load(
         {
-            "WFM_DATABASE_URL": "postgresql://me:hidden@h:5433/d?sslpassword=hidden&password=hidden&sslmode=require",
-            "WFM_REDIS_URL": "rediss://:hid:den@h:1/0?password=hidden",
+            "WFM_DATABASE_URL": "postgresql://me:hidden@h:5433/d?sslpassword=hidden&PASSWORD=hidden&sslmode=require",
+            "WFM_REDIS_URL": "rediss://:hid:den\nhidden@h:1/0?password=hidden",
             "WFM_REDIS_PASSWORD": "hidden",
         }
     )
@@ -390,7 +397,7 @@ def test_no_secret_is_shown() -> None:
     described = {name: value for name, value, _ in settings.describe()}
     assert (
         described["database_url"]
-        == "postgresql+psycopg2://me:***@h:5433/d?sslpassword=***&password=***&sslmode=require"
+        == "postgresql+psycopg2://me:***@h:5433/d?sslpassword=***&PASSWORD=***&sslmode=require"
     )
     assert described["redis_url"] == "rediss://:***@h:1/0?password=***"
     assert described["redis_password"] == "***"
@@ -402,6 +409,7 @@ def test_an_address_without_password_is_shown_as_it_is() -> None:
     described = {name: value for name, value, _ in settings.describe()}
     assert described["database_url"] == "postgresql+psycopg2://me@h:5433/d"
     assert described["redis_url"] == "unix:///run/redis.sock?db=1"
+    assert described["redis_tls"] == "false"
     assert described["redis_password"] == ""
 
 

@@ -188,6 +188,7 @@ def package(text: str = "", files: str = "[{name: f, size: 1, checksum: 'sha256:
         ("kind: source\nname: x\nmetadata: {a: 1e999}\n", 3, "metadata.a: '1e999' is not a finite number"),
         ("kind: source\nname: x\nmetadata: {a: !!int x}\n", 3, "metadata.a: 'x' is not a int"),
         ('kind: source\nname: x\nmetadata: {a: "b\\0"}\n', 3, "has characters that cannot be stored"),
+        ('kind: source\nname: x\nmetadata: {"b\\0": a}\n', 3, "expected a text as key"),
         ('kind: source\nname: x\nmetadata: {a: "\\ud800"}\n', 3, "has characters that cannot be stored"),
         ("kind: source\nname: x\nmetadata: " + "[" * 2000 + "]" * 2000, 1, "nested too deeply"),
         # shape

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from wfm.grouping import (
@@ -86,6 +86,7 @@ def test_a_good_rule_has_no_fault(good: Any) -> None:
         (rule("executed_obs_unit", "started_at", "like", "2025-06-01"), ["operator like is for texts only"]),
         (json_rule("gt", 400, None), ["is a JSON column: json_path must say where to look"]),
         (json_rule("gt", 400, "a..b"), ["json_path 'a..b' is not a dotted path"]),
+        (json_rule("gt", 400, "a\0b"), ["is not a dotted path"]),
         (json_rule("gt", 400, 7), ["json_path 7 is not a dotted path"]),
         (json_rule("gt", True), ["operator gt has no meaning for true; allowed: eq, neq, in, not_in"]),
         (json_rule("like", 4), ["operator like is for texts only"]),
@@ -170,6 +171,7 @@ unit_values = st.dictionaries(st.sampled_from(["source", "line"]), st.none() | s
 
 
 @given(unit_values)
+@example({"source": "x" * 300, "line": "." * 300})
 def test_a_unit_key_is_one_safe_path_component(values: dict[str, str | None]) -> None:
     assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", unit_key(values))
 

@@ -213,7 +213,7 @@ class _Seen(Struct, frozen=True):
         cancelled: the mark lies there.
         claimed: somebody owns the attempt.
         alive: a supervisor is on its way or alive.
-        owner: None also between the claim and its owner's name.
+        owner: None also for the moment between the claim and its owner's name.
         record: None also if what lies there is no exit record.
     """
 
@@ -290,7 +290,7 @@ def _report(job: JobRef, seen: _Seen) -> Report:
     if record:
         return _ended(record, handle, evidence)
     if seen.alive:
-        if seen.claimed:
+        if owner:
             return report(JobStatus.RUNNING, "")
         return report(JobStatus.PENDING, "its supervisor is starting")
     if seen.cancelled:

@@ -7,22 +7,30 @@ import are imported where a command needs them, so that help and completion are 
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any
 
 import click
 
 from wfm import __version__
-from wfm.cli import context, data, events, runs, system
+from wfm.cli import context, data, definitions, events, runs, system, trial, upkeep
 
 __all__ = ["main", "wfm"]
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "One machine": (system.up, system.down, system.status, system.demo),
     "Roles": (system.trigger_manager, system.workflow_manager, system.worker, system.result_manager),
-    "Definitions and data": (data.apply, data.diff, data.get, data.delete, data.data),
-    "Pipelines": (data.trigger, data.pause, data.resume, data.enable, data.disable),
-    "Runs": (runs.runs, runs.why, runs.try_, runs.lineage, events.events),
-    "Upkeep": (system.doctor, system.health, system.db, system.charts, system.completion),
+    "Definitions and data": (
+        *(definitions.apply, definitions.diff, definitions.get, definitions.delete),
+        data.data,
+    ),
+    "Pipelines": (
+        *(definitions.trigger, definitions.pause, definitions.resume, definitions.enable, definitions.disable),
+        runs.why,
+        trial.try_,
+    ),
+    "Runs and results": (runs.runs, runs.lineage, events.events),
+    "Upkeep": (upkeep.doctor, system.health, upkeep.db, upkeep.charts, upkeep.completion),
 }
 
 
@@ -31,10 +39,9 @@ class Program(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands by section, in the order of a newcomer's questions."""
-        width = formatter.width - 6 - max(len(name) for name in self.commands)
         for title, commands in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl([(str(c.name), c.get_short_help_str(width)) for c in commands])
+                formatter.write_dl([(str(c.name), c.get_short_help_str(limit=200)) for c in commands])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; its exit code tells how it ended."""
@@ -46,12 +53,13 @@ class Program(click.Group):
             raise
         except Exception as e:
             if ctx.params["debug"] or logging.getLogger().isEnabledFor(logging.DEBUG):
-                raise
+                traceback.print_exc()
             context.fail(e)
 
 
 @click.group(
-    cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
 )
 @click.version_option(__version__, prog_name="wfm")
 @click.option("--debug", is_flag=True, help="Show where an error came from.")

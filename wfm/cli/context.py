@@ -6,8 +6,8 @@ import getpass
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -27,9 +27,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-reason = click.option("--reason", default="", metavar="TEXT", help="Why; stands in the history beside your name.")
+reason = click.option(
+    "--reason", default="", show_default=False, metavar="TEXT", help="Why; stands in the history beside your name."
+)
 Key = click.IntRange(1, 2**63 - 1)
 """The id of a row."""
+
+
+class Group(click.Group):
+    """A group whose commands are listed in the order in which they are written."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of the commands."""
+        return list(self.commands)
 
 
 class Time(click.ParamType[Any]):
@@ -57,6 +67,30 @@ def split(target: str) -> tuple[str, str | None]:
     return pipeline, step or None
 
 
+def full_key(tx: Tx, pipeline: str, unit: str | None) -> str | None:
+    """A unit's key, of which people may leave out the digest (16 digits) at its end where the rest is clear enough.
+
+    What fits no unit is returned as it is, for others to refuse.
+
+    Raises:
+        UsageError: it fits several.
+    """
+    rows = tx.all(
+        """
+        SELECT DISTINCT u.key FROM unit u JOIN pipeline p ON p.id = u.pipeline_id
+        WHERE p.name = :pipeline AND (u.key = :unit OR left(u.key, -17) = lower(:unit)) ORDER BY u.key
+        """,
+        pipeline=pipeline,
+        unit=unit,
+    )
+    keys = [r.key for r in rows]
+    if unit is None or unit in keys or not keys:
+        return unit
+    if len(keys) > 1:
+        raise UsageError(f"several units of {pipeline} are named {unit!r}: {', '.join(keys)}")
+    return str(keys[0])
+
+
 # --- settings and servers ---
 
 
@@ -81,7 +115,8 @@ def start_logging(level: str, name: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(form)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("transitions").setLevel(logging.WARNING)  # it tells every step of every run
+    for chatty in ("transitions", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def open_settings() -> Settings:
@@ -133,12 +168,19 @@ class Deployment:
     def publish(self, outbox: Sequence[Message]) -> None:
         """Publish, at best: everything is in the ledger already."""
         from wfm.bus import RedisError
-        from wfm.service import open_bus
 
         try:
-            open_bus(self.settings).send(outbox)
+            self.send(outbox)
         except RedisError as e:
             output.warn(f"committed, but Redis cannot be told now ({e}): the roles tell it when it is back")
+
+    def send(self, outbox: Sequence[Message]) -> None:
+        """Publish, or raise RedisError."""
+        from wfm.service import open_bus
+
+        bus = open_bus(self.settings)
+        with closing(bus.client):
+            bus.send(outbox)
 
 
 @contextmanager
@@ -151,32 +193,38 @@ def deployment(settings: Settings | None = None) -> Iterator[Deployment]:
         opened.store.close()
 
 
-def schema_fault(engine: Engine, schema: str) -> str:
-    """Why this version cannot work with a database's tables; empty if it can."""
+def check_schema(engine: Engine, schema: str) -> None:
+    """Refuse tables that this version cannot work with.
+
+    Raises:
+        UsageError: they are missing, or of another version.
+    """
     from wfm import migrations
 
     found, wanted = migrations.current(engine, schema), migrations.head()
-    if found == wanted:
-        return ""
     if found is None:
-        return f"schema {schema} of the database has no tables of wfm: run `wfm db upgrade`"
-    return (
-        f"schema {schema} of the database is at revision {found}, this version of wfm needs {wanted}: run "
-        "`wfm db upgrade`, or a newer wfm if the database is the newer one"
-    )
+        raise UsageError(f"schema {schema} of the database has no tables of wfm: run `wfm db upgrade`")
+    if found != wanted:
+        raise UsageError(
+            f"schema {schema} of the database is at revision {found}, and this wfm works with {wanted}: run "
+            "`wfm db upgrade`; if the database is the newer one, install the newer wfm"
+        )
 
 
-def location_fault(conn: Connection, location_id: int) -> str:
-    """Why there is nothing to serve at the configured location; empty if there is."""
+def check_location(conn: Connection, location_id: int) -> None:
+    """Refuse a location that the catalogue does not have.
+
+    Raises:
+        UsageError: there is no such location where jobs can run.
+    """
     known = processing_locations(conn)
-    if location_id in known:
-        return ""
-    listed = ", ".join(f"{i} ({name})" for i, name in known.items()) or "none"
-    return (
-        f"PROCESSING_LOCATION_ID is {location_id}, but the catalogue has no such location of type processing "
-        f"(there: {listed}). Set it to one of these, or apply one: `wfm apply -f FILE` with kind: location, "
-        f"id: {location_id}, name, site, type: processing, root"
-    )
+    if location_id not in known:
+        listed = ", ".join(f"{i} ({name})" for i, name in known.items()) or "none"
+        raise UsageError(
+            f"PROCESSING_LOCATION_ID is {location_id}, but the catalogue has no such location of type processing "
+            f"(there: {listed}). Set it to one of these, or apply one: `wfm apply -f FILE` with kind: location, "
+            f"id: {location_id}, name, site, type: processing, root"
+        )
 
 
 def processing_locations(conn: Connection) -> dict[int, str]:
@@ -185,6 +233,33 @@ def processing_locations(conn: Connection) -> dict[int, str]:
 
     rows = conn.execute(text("SELECT id, name FROM data_location WHERE type = 'processing' ORDER BY id"))
     return {r.id: r.name for r in rows}
+
+
+def postgres_version(settings: Settings) -> str:
+    """What Postgres says it is."""
+    from sqlalchemy import text
+
+    from wfm.store import connect
+
+    engine = connect(settings.database_url, settings.database_schema)
+    try:
+        with engine.connect() as conn:
+            return f"Postgres {conn.execute(text('SHOW server_version')).scalar_one()}"
+    finally:
+        engine.dispose()
+
+
+def redis_version(settings: Settings) -> str:
+    """What Redis says it is."""
+    from wfm.service import open_bus
+
+    with closing(open_bus(settings).client) as client:
+        return server_name(client.info("server"))
+
+
+def server_name(info: Mapping[str, Any]) -> str:
+    """What a server says it is in its answer to INFO; Valkey also gives the version of Redis that it is like."""
+    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
 
 
 # --- errors ---
@@ -207,6 +282,15 @@ def explain(error: Exception) -> WfmError | None:
     return None
 
 
+def meaning(error: Exception) -> tuple[str, str]:
+    """What an error of a server means to people, and what to change; a defect of ours is raised again."""
+    explained = explain(error)
+    if explained is None:
+        raise error
+    said, *advice = str(explained).splitlines()
+    return said, "; ".join(line for line in advice if line != _SEE_DOCTOR)
+
+
 _TABLES_MISSING = {"42P01", "42703", "3F000"}
 """Undefined table, undefined column, invalid schema name."""
 _NOT_ALLOWED = {"42501"}
@@ -226,15 +310,19 @@ def _explain_database(error: Any) -> WfmError | None:
     return None
 
 
+_SEE_DOCTOR = "`wfm doctor` checks every connection, permission, path and version"
+
+
 def _look(*names: str) -> str:
     """Where to look when a server is away."""
     from wfm import config
 
     settings = config.load()
     if settings.embedded:
-        return f"look at the logs in {settings.home / 'log'}, and at what `wfm doctor` says"
-    shown = [f"{name} = {value} (from {source})" for name, value, source in settings.describe() if name in names]
-    return f"look at {', '.join(shown)}, and at what `wfm doctor` says"
+        return f"look at the logs in {settings.home / 'log'}\n{_SEE_DOCTOR}"
+    found = [(name, value, source) for name, value, source in settings.describe() if name in names and value]
+    shown = [f"{name} = {value} (from {source})" for name, value, source in found]
+    return f"look at {', '.join(shown)}\n{_SEE_DOCTOR}"
 
 
 class _Shown(click.ClickException):
@@ -242,7 +330,7 @@ class _Shown(click.ClickException):
 
     def __init__(self, error: WfmError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code: int = error.exit_code  # type: ignore[misc]  # click declares it for the class
         self.faults: Sequence[str] = getattr(error, "faults", (str(error),))
 
     def show(self, file: Any = None) -> None:

@@ -19,7 +19,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _COLOURS = {
     **dict.fromkeys(("COMPLETED", "covered", "ok", "at work", "create"), "green"),
     **dict.fromkeys(("FAILED", "blocked", "fail", "down", "missing"), "red"),
-    **dict.fromkeys(("RETRY_WAIT", "CANCELLING", "waiting", "held", "warn", "starting", "update"), "yellow"),
+    **dict.fromkeys(("RETRY_WAIT", "CANCELLING", "waiting", "held", "warn", "alive", "update"), "yellow"),
     **dict.fromkeys(("PENDING", "STAGING_DATA", "SUBMITTED", "RUNNING", "COLLECTING_RESULTS", "active"), "cyan"),
 }
 
@@ -43,7 +43,7 @@ def warn(message: str) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
     """Print rows under their columns; `empty` if there are none.
 
-    Numbers stand to the right. Cells are cut nowhere: on a terminal the last column wraps, elsewhere nothing does.
+    Numbers stand to the right. Nothing is cut: on a terminal sentences wrap, elsewhere nothing does.
     """
     rows = list(rows)
     if not rows:
@@ -51,28 +51,35 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
         return
     right = [all(isinstance(v, int | float | None) for v in column) for column in zip(*rows, strict=True)]
     cells = [["" if v is None else str(v) for v in row] for row in rows]
-    if sys.stdout.isatty():
-        _draw(columns, cells, right)
-        return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    if sys.stdout.isatty():
+        _draw(columns, cells, right, widths)
+        return
     for row in (columns, *cells):
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
         click.echo("  ".join(padded).rstrip())
 
 
-def _draw(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
-    from rich.box import SIMPLE_HEAD
+_SENTENCE = 30
+"""Characters from which on a text with spaces may wrap."""
+
+
+def _draw(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], widths: Sequence[int]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for n, (column, r) in enumerate(zip(columns, right, strict=True)):
-        wraps = n == len(columns) - 1
+    drawn = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    least = 0
+    for n, (column, r, width) in enumerate(zip(columns, right, widths, strict=True)):
+        wraps = any(len(row[n]) > _SENTENCE and " " in row[n] for row in cells)
         drawn.add_column(column, justify="right" if r else "left", overflow="fold", no_wrap=not wraps)
+        least += 2 + (_SENTENCE if wraps else width)
     for row in cells:
         drawn.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
-    Console().print(drawn)
+    console = Console()
+    console.width = max(console.width, least)  # where the terminal is narrower, it wraps whole lines itself
+    console.print(drawn)
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:

@@ -6,21 +6,20 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from wfm.cli import context, output
-from wfm.errors import RefusedError, UnavailableError, UsageError, WfmError
-from wfm.model import Actor, Role
+from wfm.errors import UnavailableError
+from wfm.model import Role
 
 if TYPE_CHECKING:
-    from wfm.bus import Bus
     from wfm.config import Settings
     from wfm.embedded import Daemon
     from wfm.views import Counts, CoverageLine
@@ -62,7 +61,9 @@ def workflow_manager() -> None:
 @click.argument("name", default="worker")
 @concurrency
 def worker(name: str, concurrency: int) -> None:
-    """Stage inputs, submit jobs, collect products. Any number of workers may run.
+    """Stage inputs, submit jobs, collect products.
+
+    Any number of workers may run; NAME tells them apart.
 
     \b
     Example:  wfm worker night-1 -c 8
@@ -86,29 +87,25 @@ def _serve(role: Role, name: str = "", slots: int = 1) -> None:
     settings = context.open_settings()
     context.start_logging(settings.log_level, f"{role} {name}".rstrip())
     _check_database(settings)
-    service.serve(settings, role, name=name or role, slots=slots)
+    service.serve(settings, role, name=name, slots=slots)
 
 
 def _check_database(settings: Settings) -> None:
-    """Refuse to start on tables of another version or at an unknown location. A database that is away may come back."""
+    """Refuse tables of another version and an unknown location. A database that is away may come back."""
     from sqlalchemy.exc import DBAPIError
 
     from wfm.store import connect, is_connection_error
 
     engine = connect(settings.database_url, settings.database_schema)
     try:
-        fault = context.schema_fault(engine, settings.database_schema)
-        if not fault:
-            with engine.connect() as conn:
-                fault = context.location_fault(conn, settings.processing_location_id)
+        context.check_schema(engine, settings.database_schema)
+        with engine.connect() as conn:
+            context.check_location(conn, settings.processing_location_id)
     except DBAPIError as e:
         if not is_connection_error(e):
             raise
-        fault = ""
     finally:
         engine.dispose()
-    if fault:
-        raise UsageError(fault)
 
 
 # --- the processes of this machine, and the copies of roles anywhere ---
@@ -125,7 +122,7 @@ class Copy(Struct, frozen=True):
 @contextmanager
 def watching(settings: Settings) -> Iterator[Callable[[], list[Copy]]]:
     """Ask Redis, as often as wanted, which copies of the roles have been heard of lately."""
-    from redis.exceptions import ResponseError
+    from redis.exceptions import NoPermissionError, ResponseError
 
     from wfm import service
     from wfm.roles import streams_of
@@ -141,6 +138,8 @@ def watching(settings: Settings) -> Iterator[Callable[[], list[Copy]]]:
         for role, stream in streams.items():
             try:
                 consumers = bus.client.xinfo_consumers(stream, role)
+            except NoPermissionError:
+                raise
             except ResponseError:  # no such stream, or no such group: nobody was ever there
                 continue
             for c in consumers:
@@ -153,18 +152,15 @@ def watching(settings: Settings) -> Iterator[Callable[[], list[Copy]]]:
         yield copies
 
 
-def _daemons(home: Path, workers: int = 0) -> dict[Daemon, Role]:
-    """The roles as background processes of this home: those that were started here, and those that are wanted."""
+def _daemons(home: Path, workers: int = 0) -> list[tuple[Role, Daemon]]:
+    """The roles as background processes: those that were started from this home, and those of `workers` workers."""
     from wfm.embedded import Daemon
 
-    found = {}
+    found = []
     for role in Role:
-        names = {path.stem for path in (home / "run").glob(f"{role}*.pid")}
-        if role is not Role.WORKER:
-            names |= {str(role)} if workers else set()
-        else:
-            names |= {f"worker-{n}" for n in range(1, workers + 1)}
-        found |= {Daemon(home, name): role for name in sorted(names)}
+        wanted = [f"{role}-{n}" for n in range(1, workers + 1)] if role is Role.WORKER else [str(role)] * bool(workers)
+        started = [path.stem for path in (home / "run").glob(f"{role}*.pid")]
+        found += [(role, Daemon(home, name)) for name in sorted({*wanted, *started})]
     return found
 
 
@@ -177,13 +173,14 @@ def _daemons(home: Path, workers: int = 0) -> dict[Daemon, Role]:
 def up(workers: int, concurrency: int) -> None:
     """Start the whole system on this machine.
 
-    Postgres and Valkey of its own, unless servers are configured, and the four roles as background processes. What runs
-    already goes on; what has died is started again. The state is in .wfm/, or where WFM_HOME says.
+    Postgres and Valkey of its own (unless servers are configured), and the four roles as background processes. What
+    runs goes on; what died is started again. Its state lies in the directory .wfm, or where WFM_HOME says.
 
     \b
     Example:  wfm up --workers 2 -c 8
     """
     from wfm.embedded import Embedded, lock
+    from wfm.service import open_bus
 
     settings = context.load_settings()
     with lock(settings.home):
@@ -192,17 +189,12 @@ def up(workers: int, concurrency: int) -> None:
             servers.start(click.echo)
             settings = settings.with_servers(servers.database_url, servers.redis_url)
         else:
-            _ping(settings)
+            with closing(open_bus(settings).client) as client:
+                client.ping()
         _prepare_database(settings)
         started = _start_roles(settings, _daemons(settings.home, workers), concurrency)
-    click.echo(f"{started or 'everything ran already'}; `wfm status` shows how it stands, `wfm down` ends it")
-
-
-def _ping(settings: Settings) -> None:
-    from wfm.service import open_bus
-
-    with closing(open_bus(settings).client) as client:
-        client.ping()
+    now = f"{output.plural(started, 'role')} started" if started else "all roles were at work already"
+    click.echo(f"{now}; `wfm status` shows how it stands, `wfm down` ends it")
 
 
 def _prepare_database(settings: Settings) -> None:
@@ -211,37 +203,34 @@ def _prepare_database(settings: Settings) -> None:
 
     with context.deployment(settings) as d:
         migrations.upgrade(d.store.engine, settings.database_schema)
-        with d.store.engine.connect() as conn:
-            fault = context.location_fault(conn, d.location)
-            elsewhere = context.processing_locations(conn)
-        if not fault:
-            return
-        if elsewhere or not (settings.embedded or settings.env == "localdev"):
-            raise UsageError(fault)
-        here: dict[str, Any] = {"site": "local", "type": "processing", "root": str(settings.pipeline_base_dir)}
-        text = documents.dump(
-            [{"kind": "site", "name": "local"}, {"kind": "location", "id": d.location, "name": "local", **here}]
-        )
-        made = documents.load([("wfm up", text)])
-        by = context.actor("wfm up")
+        own = settings.embedded or settings.env == "localdev"
+        with d.read() as tx:
+            if context.processing_locations(tx.conn) or not own:
+                context.check_location(tx.conn, d.location)
+                return
+        place = {"site": "local", "type": "processing", "root": str(settings.pipeline_base_dir)}
+        location: dict[str, Any] = {"kind": "location", "name": "local", "id": d.location, **place}
+        new = [{"kind": "site", "name": "local"}, location]
+        read = documents.load([("wfm up", documents.dump(new))])
+        actor = context.actor("the first `wfm up`")
         d.write(
-            lambda tx: documents.apply(tx.conn, made, location_id=d.location, actor=by.name, reason=by.reason)
+            lambda tx: documents.apply(tx.conn, read, location_id=d.location, actor=actor.name, reason=actor.reason)
         )
 
 
-def _start_roles(settings: Settings, daemons: Mapping[Daemon, Role], concurrency: int) -> str:
-    """Start what does not run and wait until all is at work; returns what was started, for people."""
-    # The roles must find the same home, whatever directory they are looked at from.
+def _start_roles(settings: Settings, daemons: Sequence[tuple[Role, Daemon]], concurrency: int) -> int:
+    """Start what does not run, and wait until all is at work; returns how many were started."""
+    # The roles must find this home from wherever they are started.
     env = {**os.environ, "WFM_HOME": str(settings.home)}
     env.pop("CCAT_WORKFLOW_MANAGER_HOME", None)
     started = []
-    for daemon, role in daemons.items():
+    for role, daemon in daemons:
         if daemon.pid() is None:
             words = [daemon.name, "-c", str(concurrency)] if role is Role.WORKER else []
             # -P: a directory named wfm where the user happens to stand is not the program.
             daemon.start([sys.executable, "-P", "-m", "wfm", role, *words], env)
             started.append(daemon)
-    waiting = list(daemons)
+    waiting = [daemon for _, daemon in daemons]
     end = time.monotonic() + START_LIMIT
     with output.progress("starting the roles", len(waiting)) as advance, watching(settings) as copies:
         while waiting:
@@ -254,13 +243,13 @@ def _start_roles(settings: Settings, daemons: Mapping[Daemon, Role], concurrency
                     if daemon in started:
                         click.echo(f"{daemon.name} is at work as process {pid}")
                 elif pid is None or time.monotonic() > end:
-                    what = "ended" if pid is None else f"is not at work after {START_LIMIT:g} s"
                     raise UnavailableError(
-                        f"{daemon.name} {what}. The last lines of {daemon.log}:\n{daemon.last_lines()}\n"
-                        "What was started goes on: `wfm up` tries again, `wfm down` ends it"
+                        f"{daemon.name} {'ended' if pid is None else f'is not at work after {START_LIMIT:g} s'}. "
+                        f"The last lines of {daemon.log}:\n{daemon.last_lines()}\n"
+                        "The rest goes on: `wfm up` tries again, `wfm down` ends it"
                     )
             time.sleep(0.05)
-    return f"started {output.plural(len(started), 'role')}" if started else ""
+    return len(started)
 
 
 # --- down ---
@@ -268,37 +257,37 @@ def _start_roles(settings: Settings, daemons: Mapping[Daemon, Role], concurrency
 
 @click.command()
 def down() -> None:
-    """Stop the roles and the servers that `wfm up` started. Data, runs and events stay.
+    """Stop the roles and the servers that `wfm up` started.
 
-    Jobs that run go on by themselves; the next `wfm up` takes them over.
+    Data, runs and events stay. Jobs that run now go on by themselves; the next `wfm up` takes them over.
 
     \b
     Example:  wfm down
     """
-    from wfm.embedded import Embedded, lock
+    from wfm.embedded import Daemon, Embedded, lock
 
     settings = context.load_settings()
     home = settings.home
     with lock(home):
-        daemons = list(_daemons(home))
-        with ThreadPoolExecutor(max(len(daemons), 1)) as pool:
-            ended = list(pool.map(lambda daemon: daemon.stop(GRACE_SECONDS), daemons))
-        for daemon, gently in zip(daemons, ended, strict=True):
-            click.echo(f"{daemon.name} {'stopped' if gently else 'was killed; others take over what it did'}")
+        roles = [daemon for _, daemon in _daemons(home)]
+        with ThreadPoolExecutor(max(len(roles), 1)) as pool:
+            gently = list(pool.map(lambda daemon: daemon.stop(GRACE_SECONDS), roles))
+        for daemon, by_itself in zip(roles, gently, strict=True):
+            click.echo(f"{daemon.name} {'stopped' if by_itself else 'was killed; what it held is taken up by others'}")
         servers = [name for name in ("postgres", "valkey") if Daemon(home, name).pid() is not None]
         if servers or settings.embedded:
             Embedded(home).stop()
         for name in servers:
             click.echo(f"{name} stopped")
-        if not daemons and not servers:
-            click.echo(f"nothing ran in {home}")
+    if not roles and not servers:
+        click.echo(f"nothing ran in {home}")
 
 
 # --- status ---
 
 
 class ServerLine(Struct, frozen=True):
-    """A server: whether it answers, its process if it is ours, and its version or what is wrong."""
+    """A server: whether it answers; its process if it is one of ours; its version, or what is wrong."""
 
     name: str
     state: Literal["ok", "down"]
@@ -307,16 +296,16 @@ class ServerLine(Struct, frozen=True):
 
 
 class RoleLine(Struct, frozen=True):
-    """A role: ``at work`` (it reads its streams), ``starting`` (its process lives), or ``down``."""
+    """A role: ``at work`` (Redis heard of it lately), ``alive`` (its process lives, but Redis did not), or ``down``."""
 
     name: str
-    state: Literal["at work", "starting", "down"]
+    state: Literal["at work", "alive", "down"]
     host: str
     pid: int | None
 
 
 class Status(Struct, frozen=True, kw_only=True):
-    """How a deployment stands. What cannot be known now is None, and `faults` says why."""
+    """How a deployment stands. `counts` and `coverage` are None if the database cannot tell; `faults` says why."""
 
     running: bool
     home: str
@@ -331,7 +320,9 @@ class Status(Struct, frozen=True, kw_only=True):
 @click.command()
 @output.as_json
 def status(as_json: bool) -> None:
-    """Show how the system stands: servers, roles, runs, coverage, what waits. Ends with 0 if all of it runs.
+    """Show how the system stands.
+
+    Servers, roles, runs by state, coverage by step, events that wait, dead letters. Ends with 0 if all of it runs.
 
     \b
     Example:  wfm status
@@ -347,34 +338,154 @@ def status(as_json: bool) -> None:
 
 
 def _status(settings: Settings) -> Status:
+    servers, settings = _servers(settings)
+    answers = [s.state == "ok" for s in servers]
     faults: list[str] = []
-
-    def attempt(question: Callable[[], T]) -> T | None:
-        try:
-            return question()
-        except Exception as e:
-            fault = context.explain(e)
-            if fault is None:
-                raise
-            faults.append(str(fault))
-            return None
-
-    servers: list[ServerLine]
-    if settings.embedded:
-        servers, settings = _embedded(settings)
-    else:
-        servers = [_database(settings, attempt), _redis(settings, attempt)]
-    up = {s.name: s.state == "ok" for s in servers}
-    seen = (attempt(lambda: _copies(settings)) if up["redis"] else None) or []
+    counts, coverage, seen = None, None, []
+    try:
+        if answers[0]:
+            counts, coverage = _counted(settings)
+        if answers[1]:
+            with watching(settings) as copies:
+                seen = copies()
+    except Exception as e:
+        faults.append("; ".join(filter(None, context.meaning(e))))
     roles = _roles(settings.home, seen)
-    asked = attempt(lambda: _counted(settings)) if up["database"] else None
     return Status(
-        running=all(up.values()) and all(r.state == "at work" for r in roles) and asked is not None,
+        running=all(answers) and not faults and all(r.state == "at work" for r in roles),
         home=str(settings.home),
         location_id=settings.processing_location_id,
         servers=servers,
         roles=roles,
-        counts=asked[0] if asked else None,
-        coverage=asked[1] if asked else None,
+        counts=counts,
+        coverage=coverage,
         faults=faults,
     )
+
+
+def _servers(settings: Settings) -> tuple[list[ServerLine], Settings]:
+    """Postgres and Redis as they answer, and the settings with their addresses."""
+    from wfm.embedded import Embedded
+
+    pids: dict[str, int | None] = {}
+    names = ["postgres", "redis"]
+    if settings.embedded:
+        own = Embedded(settings.home)
+        pids = {name: server.pid for name, server in own.status().items()}
+        names = list(pids)
+        settings = settings.with_servers(own.database_url, own.redis_url)
+    lines = []
+    for name, ask in zip(names, (context.postgres_version, context.redis_version), strict=True):
+        if settings.embedded and pids[name] is None:
+            lines.append(ServerLine(name, "down", None, "does not run; `wfm up` starts it"))
+            continue
+        try:
+            lines.append(ServerLine(name, "ok", pids.get(name), ask(settings)))
+        except Exception as e:
+            lines.append(ServerLine(name, "down", pids.get(name), context.meaning(e)[0]))
+    return lines, settings
+
+
+def _counted(settings: Settings) -> tuple[Counts, list[CoverageLine]]:
+    from wfm import views
+
+    with context.deployment(settings) as d, d.read() as tx:
+        context.check_schema(d.store.engine, settings.database_schema)
+        context.check_location(tx.conn, d.location)
+        return views.counts(tx.conn, d.location), views.coverage_summary(tx.conn, d.location)
+
+
+def _roles(home: Path, seen: Sequence[Copy]) -> list[RoleLine]:
+    """The roles that belong to this home, and those that work elsewhere for the same location."""
+    host = socket.gethostname()
+    at_work = {(c.host, c.pid) for c in seen}
+    daemons = _daemons(home)
+    lines: list[RoleLine] = []
+    for role in Role:
+        own = [(daemon.name, daemon.pid()) for r, daemon in daemons if r is role]
+        here = {(host, pid) for _, pid in own}
+        found = [
+            RoleLine(name, "at work" if (host, pid) in at_work else "alive" if pid else "down", host, pid)
+            for name, pid in own
+        ]
+        found += [
+            RoleLine(role, "at work", c.host, c.pid)
+            for c in seen
+            # Redis remembers for a while what was killed here.
+            if c.role is role and (c.host, c.pid) not in here and (c.host != host or Path(f"/proc/{c.pid}").exists())
+        ]
+        lines += found or [RoleLine(role, "down", "", None)]
+    return lines
+
+
+def _show(s: Status) -> None:
+    click.echo(f"home {s.home}, location {s.location_id}\n")
+    output.table(("SERVER", "STATE", "PID", "ABOUT"), [(x.name, x.state, x.pid, x.about) for x in s.servers], empty="")
+    click.echo()
+    output.table(("ROLE", "STATE", "PID", "HOST"), [(x.name, x.state, x.pid, x.host) for x in s.roles], empty="")
+    if s.counts is not None:
+        click.echo()
+        runs = [(state, n) for state, n in s.counts.runs.items() if n]
+        output.table(("RUNS", "NUMBER"), runs, empty="no runs yet")
+        click.echo()
+        waits = [(p.recipient, p.events, output.span(p.oldest_seconds)) for p in s.counts.pending]
+        output.table(("EVENTS FOR", "PENDING", "OLDEST"), waits, empty="no event is pending")
+        if s.counts.dead_letters:
+            click.echo(f"\n{output.plural(s.counts.dead_letters, 'dead letter')}: see `wfm events dead list`")
+    if s.coverage is not None:
+        click.echo()
+        show_coverage(s.coverage)
+    for fault in s.faults:
+        click.echo(f"\n{fault}")
+
+
+def show_coverage(lines: Sequence[CoverageLine]) -> None:
+    """Print how much of each step is covered; states that occur nowhere are left out."""
+    states = [state for state in (lines[0].states if lines else ()) if any(line.states[state] for line in lines)]
+    output.table(
+        ("PIPELINE", "STEP", "UNITS", *(state.upper() for state in states)),
+        [(x.pipeline, x.step, x.units, *(x.states[state] for state in states)) for x in lines],
+        empty="no pipelines yet: `wfm apply -f FILE`, or `wfm demo`",
+    )
+
+
+# --- health, demo ---
+
+
+@click.command()
+@click.argument("role", type=click.Choice([str(r) for r in Role]), required=False)
+@output.as_json
+def health(role: str | None, as_json: bool) -> None:
+    """Tell whether a role is at work, here or elsewhere; every role if none is named.
+
+    Ends with 1 if one is not: fit for the health check of a container.
+
+    \b
+    Example:  wfm health worker
+    """
+    with watching(context.open_settings()) as copies:
+        seen = copies()
+    found = {r: [f"{c.host}:{c.pid}" for c in seen if c.role is r] for r in Role if role in (None, r)}
+    if as_json:
+        output.document(found)
+    else:
+        rows = [(r, "at work" if where else "down", len(where), ", ".join(where)) for r, where in found.items()]
+        output.table(("ROLE", "STATE", "COPIES", "WHERE"), rows, empty="")
+    if not all(found.values()):
+        click.get_current_context().exit(1)
+
+
+@click.command()
+@click.option("--simulated", is_flag=True, help="Make data up instead of fetching what a telescope has seen.")
+def demo(simulated: bool) -> None:
+    """Take real telescope data through three steps to maps and plots.
+
+    Says what it made, and where.
+
+    \b
+    Example:  wfm demo
+              wfm demo --simulated
+    """
+    from wfm.demo.run import main
+
+    main(simulated=simulated)

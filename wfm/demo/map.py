@@ -38,6 +38,23 @@ MAD_TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True)
+class Scan:
+    """What ``linefit`` made of one scan.
+
+    Attributes:
+        name: of the file, without what the steps have appended.
+        primary: header of the observation.
+        times: of each step, seconds since the start of the observation.
+        maps: by line and quantity of `MAPS`, images of shape (step, slit pixel).
+    """
+
+    name: str
+    primary: fits.Header
+    times: FloatArray
+    maps: dict[str, dict[str, fits.ImageHDU]]
+
+
+@dataclass(frozen=True)
 class Line:
     """One spectral line over all scans.
 
@@ -57,159 +74,149 @@ class Line:
         return float(self.headers["VELOCITY"]["SAMPERR"])
 
 
-@dataclass(frozen=True)
-class Observation:
-    """All scans in the order of time.
-
-    Attributes:
-        scans: names of the scans.
-        primaries: the primary header of each.
-        times: of each step, seconds since the start of the observation, (scan, step).
-        lines: by name.
-    """
-
-    scans: list[str]
-    primaries: list[fits.Header]
-    times: FloatArray
-    lines: dict[str, Line]
-
-
 def combine(job: Job) -> None:
     """Combines all scans of the job."""
     parameters = job.parameters(max_fill_fraction=float)
-    observation = read(job.inputs("input_products", "_lines.fits"))
+    scans = read(job.inputs("input_products", "_lines.fits"))
     quality = quality_report(job.inputs("input_products", "_qa.json"), **parameters)
-    numbers = statistics(observation)
-    obsid = observation.primaries[0]["OBSID"]
+    lines = [stack(scans, name) for name in scans[0].maps]
+    numbers = statistics(scans, lines)
     for name in ("science", "plots"):
         (job.output / name).mkdir(parents=True, exist_ok=True)
-    for line in observation.lines.values():
-        product = science_product(observation, line)
+    for line in lines:
+        product = science_product(scans, line)
         product[0].header["CREATOR"] = job.creator
-        product.writeto(job.output / "science" / f"iris_{obsid}_{line.name}.fits", overwrite=True)
+        product.writeto(job.output / "science" / f"iris_{numbers['obsid']}_{line.name}.fits", overwrite=True)
     write_json(job.output / "statistics" / "statistics.json", numbers)
     write_json(job.output / "qa" / "quality.json", quality)
-    plot(observation, numbers, job.output / "plots" / "overview.png", job.workspace)
-    log = [f"{len(observation.scans)} scans: {', '.join(observation.scans)}"]
+    plot(scans, lines, numbers, job.output / "plots" / "overview.png", job.workspace)
+    log = [f"{len(scans)} scans: {', '.join(scan.name for scan in scans)}"]
     log += [f"{name}: {values['total']}" for name, values in numbers["lines"].items()]
     log += [f"{flag['scan']}: {flag['line']}: {flag['reason']}" for flag in quality["flags"]]
     write_log(job.output / "logs" / "map.log", log)
 
 
-def read(paths: list[Path]) -> Observation:
-    """Reads what ``linefit`` made, one file per scan.
+def read(paths: list[Path]) -> list[Scan]:
+    """All scans in the order of time.
 
     Raises:
         BadInputError: a file cannot be read, or does not belong with the others.
     """
-    files = {}
-    for path in paths:
-        with reading(path), fits.open(path, memmap=False) as product:
-            images = {hdu.name: hdu.copy() for hdu in product[1:]}
-            files[path.name.removesuffix("_lines.fits")] = product[0].header.copy(), images
-    scans = sorted(files, key=lambda scan: (files[scan][0]["DATE_OBS"], scan))
-    first = scans[0]
+    scans = sorted((read_scan(path) for path in paths), key=lambda scan: (scan.primary["DATE_OBS"], scan.name))
     for scan in scans:
-        primary, images = files[scan]
-        kinship = (primary["OBSID"], {name: hdu.shape for name, hdu in images.items() if hdu.is_image})
-        if scan == first:
-            expected = kinship
-        elif kinship != expected:
-            raise BadInputError(f"{scan} and {first} differ in observation, lines or shape")
-    names = [name.split()[0] for name in files[first][1] if name.endswith(" INTENSITY")]
-    return Observation(
-        scans=scans,
-        primaries=[files[scan][0] for scan in scans],
-        times=np.stack([files[scan][1]["EXPOSURES"].data["TIME"] for scan in scans]).astype(np.float64),
-        lines={
-            name.lower(): Line(
-                name=name.lower(),
-                headers={key: files[first][1][f"{name} {key}"].header for key in MAPS},
-                cubes={
-                    key: np.stack([files[scan][1][f"{name} {key}"].data for scan in scans]).astype(np.float64)
-                    for key in MAPS
-                },
-            )
-            for name in names
-        },
+        if kinship(scan) != kinship(scans[0]):
+            raise BadInputError(f"{scan.name} and {scans[0].name} differ in observation, lines or shape")
+    return scans
+
+
+def read_scan(path: Path) -> Scan:
+    """One file of ``linefit``."""
+    with reading(path), fits.open(path, memmap=False) as product:
+        primary = product[0].header
+        if absent := {"OBSID", "ORIGIN", "STARTOBS", "DATE_OBS", "DATE_END"} - set(primary):
+            raise ValueError(f"no {', '.join(sorted(absent))} in the header")
+        lines = [hdu.name.removesuffix(" INTENSITY") for hdu in product if hdu.name.endswith(" INTENSITY")]
+        return Scan(
+            name=path.name.removesuffix("_lines.fits"),
+            primary=primary.copy(),
+            times=product["EXPOSURES"].data["TIME"].astype(np.float64),
+            maps={line.lower(): {key: product[f"{line} {key}"].copy() for key in MAPS} for line in lines},
+        )
+
+
+def kinship(scan: Scan) -> tuple[object, ...]:
+    """What the scans of one observation have in common."""
+    shapes = {line: {key: image.shape for key, image in maps.items()} for line, maps in scan.maps.items()}
+    return scan.primary["OBSID"], scan.times.shape, shapes
+
+
+def stack(scans: list[Scan], name: str) -> Line:
+    """One line of all scans."""
+    return Line(
+        name=name,
+        headers={key: scans[0].maps[name][key].header for key in MAPS},
+        cubes={key: np.stack([scan.maps[name][key].data for scan in scans]).astype(np.float64) for key in MAPS},
     )
 
 
-def statistics(observation: Observation) -> dict[str, Any]:
-    """The numbers of each scan and of all together; None where there is nothing to compute from.
+def statistics(scans: list[Scan], lines: list[Line]) -> dict[str, Any]:
+    """The `summary` of each line, over all scans and for each, and to what it refers."""
+    return {
+        "obsid": scans[0].primary["OBSID"],
+        "origin": scans[0].primary["ORIGIN"],
+        "scans": len(scans),
+        "start_time": scans[0].primary["DATE_OBS"],
+        "end_time": end_time(scans),
+        "units": {"intensity": "DN Angstrom/s"},
+        "velocity_reference": "vacuum rest wavelength on the level-2 scale; positive is away from us. "
+        "For velocities relative to the whole map, subtract the line's total median_velocity_kms.",
+        "lines": {
+            line.name: {
+                "rest_wavelength_angstrom": line.headers["VELOCITY"]["RESTWAV"],
+                "sampling_error_kms": line.sampling_error,
+                "total": summary(line, slice(None)),
+                "per_scan": [
+                    {
+                        "scan": scan.name,
+                        "start_time": scan.primary["DATE_OBS"],
+                        "end_time": scan.primary["DATE_END"],
+                        **summary(line, slice(i, i + 1)),
+                    }
+                    for i, scan in enumerate(scans)
+                ],
+            }
+            for line in lines
+        },
+    }
+
+
+def summary(line: Line, scans: slice) -> dict[str, Any]:
+    """The numbers of one line in some scans; None where there is nothing to compute from.
 
     Intensities are in DN Angstrom/s and over all measured pixels, velocities and widths in km/s and over the fitted
     ones. ``median_velocity_error_kms`` joins the standard error of the median, from the scatter of the pixels, with the
     sampling error, which does not average out.
     """
-
-    def numbers(line: Line, scans: slice) -> dict[str, Any]:
-        intensity, velocity = line.cubes["INTENSITY"][scans], line.cubes["VELOCITY"][scans]
-        measured = intensity[np.isfinite(intensity)]
-        fitted = velocity[np.isfinite(velocity)]
-        centre = finite_median(velocity)
-        statistical = None
-        if centre is not None:
-            scatter = MAD_TO_SIGMA * np.median(np.abs(fitted - centre))
-            statistical = float(MEDIAN_EFFICIENCY * scatter / np.sqrt(fitted.size))
-        return {
-            "pixels": intensity.size,
-            "fraction_measured": measured.size / intensity.size,
-            "fraction_fitted": fitted.size / intensity.size,
-            "mean_intensity": float(measured.mean()) if measured.size else None,
-            "median_intensity": finite_median(intensity),
-            "median_velocity_kms": centre,
-            "median_velocity_statistical_error_kms": statistical,
-            "median_velocity_error_kms": None
-            if statistical is None
-            else float(np.hypot(statistical, line.sampling_error)),
-            "median_pixel_velocity_error_kms": finite_median(line.cubes["VELOCITY_ERROR"][scans]),
-            "median_width_kms": finite_median(line.cubes["WIDTH"][scans]),
-        }
-
-    every = slice(None)
-    primaries = observation.primaries
+    intensity, velocity = line.cubes["INTENSITY"][scans], line.cubes["VELOCITY"][scans]
+    measured, fitted = intensity[np.isfinite(intensity)], velocity[np.isfinite(velocity)]
+    centre, statistical, error = finite_median(velocity), None, None
+    if centre is not None:
+        scatter = MAD_TO_SIGMA * np.median(np.abs(fitted - centre))
+        statistical = float(MEDIAN_EFFICIENCY * scatter / np.sqrt(fitted.size))
+        error = float(np.hypot(statistical, line.sampling_error))
     return {
-        "obsid": primaries[0]["OBSID"],
-        "scans": len(observation.scans),
-        "start_time": primaries[0]["DATE_OBS"],
-        "end_time": max(primary["DATE_END"] for primary in primaries),
-        "units": {"intensity": "DN Angstrom/s"},
-        "velocity_reference": "vacuum rest wavelength on the level-2 scale; positive is away from the observer",
-        "lines": {
-            line.name: {
-                "rest_wavelength_angstrom": line.headers["VELOCITY"]["RESTWAV"],
-                "sampling_error_kms": line.sampling_error,
-                "total": numbers(line, every),
-                "per_scan": [
-                    {
-                        "scan": scan,
-                        "start_time": primary["DATE_OBS"],
-                        "end_time": primary["DATE_END"],
-                        **numbers(line, slice(i, i + 1)),
-                    }
-                    for i, (scan, primary) in enumerate(zip(observation.scans, primaries, strict=True))
-                ],
-            }
-            for line in observation.lines.values()
-        },
+        "pixels": intensity.size,
+        "fraction_measured": measured.size / intensity.size,
+        "fraction_fitted": fitted.size / intensity.size,
+        "mean_intensity": float(measured.mean()) if measured.size else None,
+        "median_intensity": finite_median(intensity),
+        "median_velocity_kms": centre,
+        "median_velocity_statistical_error_kms": statistical,
+        "median_velocity_error_kms": error,
+        "median_pixel_velocity_error_kms": finite_median(line.cubes["VELOCITY_ERROR"][scans]),
+        "median_width_kms": finite_median(line.cubes["WIDTH"][scans]),
     }
+
+
+def end_time(scans: list[Scan]) -> str:
+    """When the last of them ended."""
+    return max(str(scan.primary["DATE_END"]) for scan in scans)
 
 
 def quality_report(paths: list[Path], max_fill_fraction: float) -> dict[str, Any]:
     """The quality of every scan as ``linefit`` found it, and flags for what deserves a look."""
-    scans = []
+    scans, flags = [], []
     for path in paths:
         with reading(path):
-            scans.append(json.loads(path.read_bytes()))
-    flags = []
-    for scan in scans:
-        for line, values in scan["lines"].items():
-            if values["fraction_fill"] > max_fill_fraction:
-                reason = f"fill fraction {values['fraction_fill']:.3f} is above {max_fill_fraction}"
-                flags.append({"scan": scan["scan"], "line": line, "reason": reason})
-            if not values["fraction_fitted"]:
-                flags.append({"scan": scan["scan"], "line": line, "reason": "no pixel could be fitted"})
+            scan = json.loads(path.read_bytes())
+            for line, values in scan["lines"].items():
+                reasons = []
+                if values["fraction_fill"] > max_fill_fraction:
+                    reasons.append(f"fill fraction {values['fraction_fill']:.3f} is above {max_fill_fraction}")
+                if not values["fraction_fitted"]:
+                    reasons.append("no pixel could be fitted")
+                flags += [{"scan": scan["scan"], "line": line, "reason": reason} for reason in reasons]
+            scans.append(scan)
     return {"passed": not flags, "flags": flags, "scans": scans}
 
 
@@ -219,21 +226,22 @@ def mean_over_scans(cube: FloatArray) -> FloatArray:
     return np.asarray(np.nansum(cube, axis=0) / np.where(n, n, np.nan))
 
 
-def science_product(observation: Observation, line: Line) -> fits.HDUList:
+def science_product(scans: list[Scan], line: Line) -> fits.HDUList:
     """The FITS file of one line; world coordinates are those of the first scan, as the pointing follows the Sun."""
-    primary = observation.primaries[0].copy()
-    primary["DATE_END"] = max(p["DATE_END"] for p in observation.primaries)
-    primary["NSCANS"] = len(observation.scans)
+    primary = scans[0].primary.copy()
+    primary["DATE_END"] = end_time(scans)
+    primary["NSCANS"] = len(scans)
     product = fits.HDUList([fits.PrimaryHDU(header=primary)])
     for key, cube in line.cubes.items():
         header = line.headers[key].copy()
         product.append(fits.ImageHDU(mean_over_scans(cube).astype(np.float32), header, name=f"MEAN {key}"))
         header["CTYPE3"], header["CRPIX3"], header["CRVAL3"], header["CDELT3"] = "SCAN", 1.0, 1.0, 1.0
         product.append(fits.ImageHDU(cube.astype(np.float32), header, name=key))
+    times = np.stack([scan.times for scan in scans])
     columns = [
-        fits.Column("SCAN", f"A{max(len(scan) for scan in observation.scans)}", array=observation.scans),
-        fits.Column("DATE_OBS", "A23", array=[p["DATE_OBS"] for p in observation.primaries]),
-        fits.Column("TIME", f"{observation.times.shape[1]}D", unit="s", array=observation.times),
+        fits.Column("SCAN", f"A{max(len(scan.name) for scan in scans)}", array=[scan.name for scan in scans]),
+        fits.Column("DATE_OBS", "A23", array=[scan.primary["DATE_OBS"] for scan in scans]),
+        fits.Column("TIME", f"{times.shape[1]}D", unit="s", array=times),
     ]
     product.append(fits.BinTableHDU.from_columns(columns, name="TIMES"))
     return product
@@ -242,31 +250,29 @@ def science_product(observation: Observation, line: Line) -> fits.HDUList:
 # --- the plot ---
 
 
-def plot(observation: Observation, numbers: dict[str, Any], path: Path, workspace: Path) -> None:
+def plot(scans: list[Scan], lines: list[Line], numbers: dict[str, Any], path: Path, workspace: Path) -> None:
     """Draws the `overview` into a PNG file."""
     with tempfile.TemporaryDirectory(dir=workspace) as scratch:
-        if not os.access(Path("~").expanduser(), os.W_OK):
+        if not os.access(os.path.expanduser("~"), os.W_OK):
             os.environ.setdefault("MPLCONFIGDIR", scratch)
         import matplotlib as mpl
 
-        mpl.use("Agg")
-        with mpl.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"}):
-            figure = overview(observation, numbers)
+        with mpl.rc_context():
+            mpl.rcdefaults()  # a user's own style must not change the product
+            mpl.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"})
+            figure = overview(scans, lines, numbers)
             figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def overview(observation: Observation, numbers: dict[str, Any]) -> Figure:
-    """Per line the mean maps beside all scans in the order of time; below them the course of both lines in time."""
+def overview(scans: list[Scan], lines: list[Line], numbers: dict[str, Any]) -> Figure:
+    """Per line the mean maps beside all scans in the order of time; below them the course of all lines in time."""
     from matplotlib.figure import Figure
 
-    lines = list(observation.lines.values())
-    first = observation.primaries[0]
     figure = Figure(figsize=(13, 4 * len(lines) + 3.2), layout="constrained")
-    scans, steps = observation.times.shape
-    start = first["DATE_OBS"][:19].replace("T", " ")
-    figure.suptitle(
-        f"IRIS observation {first['OBSID']}: {scans} raster scans of {steps} steps from {start} UT", fontsize=12
-    )
+    what = "Simulated IRIS observation" if numbers["origin"] == "simulated" else "IRIS observation"
+    start = numbers["start_time"][:19].replace("T", " ")
+    title = f"{what} {numbers['obsid']}: {len(scans)} raster scans of {scans[0].times.size} steps from {start} UT"
+    figure.suptitle(title, fontsize=12)
     rows = figure.add_gridspec(len(lines) + 1, 1, height_ratios=[4] * len(lines) + [2.6])
     for row, line in enumerate(lines):
         columns = rows[row].subgridspec(1, 4, width_ratios=(1, 4, 1, 4))
@@ -277,11 +283,16 @@ def overview(observation: Observation, numbers: dict[str, Any]) -> Figure:
             unit = "Intensity [DN Å s$^{-1}$]" if quantity == "INTENSITY" else "Doppler velocity [km s$^{-1}$]"
             figure.colorbar(picture, ax=every, label=unit, pad=0.01, extend="both", aspect=30)
     bottom = rows[len(lines)].subgridspec(1, 2)
-    draw_intensities(figure.add_subplot(bottom[0]), observation, numbers)
-    draw_velocities(figure.add_subplot(bottom[1]), observation, numbers)
-    figure.supxlabel(
-        "Grey: no measurement. Velocities refer to the vacuum rest wavelength; red is away from us.", fontsize=9
-    )
+    minutes = np.array([scan.times.mean() for scan in scans]) / 60
+    for column, draw in enumerate((draw_intensities, draw_velocities)):
+        axes = figure.add_subplot(bottom[column])
+        draw(axes, minutes, numbers)
+        axes.set_xlabel(f"Minutes since {scans[0].primary['STARTOBS'][11:19]} UT")
+        axes.margins(y=0.25)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, ncols=2, loc="upper center")
+    caption = "Grey: no measurement. Velocities refer to the vacuum rest wavelength; red is away from us."
+    figure.supxlabel(caption, fontsize=9)
     return figure
 
 
@@ -322,38 +333,27 @@ def sky_edges(header: fits.Header, axis: int, size: int) -> tuple[float, float]:
     return first, last
 
 
-def draw_intensities(axes: Axes, observation: Observation, numbers: dict[str, Any]) -> None:
+def draw_intensities(axes: Axes, minutes: FloatArray, numbers: dict[str, Any]) -> None:
     """The light curves, each relative to the mean of all scans."""
-    minutes = observation.times.mean(axis=1) / 60
-    for line, marker in zip(observation.lines, cycle("osD^"), strict=False):
-        course = per_scan(numbers, line, "mean_intensity") / numbers["lines"][line]["total"]["mean_intensity"]
-        axes.plot(minutes, course, marker=marker, label=LABELS.get(line, line))
-    finish(axes, observation, "Mean intensity / mean of all scans")
+    for (name, values), marker in zip(numbers["lines"].items(), cycle("osD^"), strict=False):
+        course = per_scan(values, "mean_intensity") / (values["total"]["mean_intensity"] or np.nan)
+        axes.plot(minutes, course, marker=marker, label=LABELS.get(name, name))
+    axes.set_ylabel("Mean intensity / mean of all scans")
 
 
-def draw_velocities(axes: Axes, observation: Observation, numbers: dict[str, Any]) -> None:
+def draw_velocities(axes: Axes, minutes: FloatArray, numbers: dict[str, Any]) -> None:
     """The median velocities with the error bars of the scatter; the sampling error, common to all, is in the legend."""
-    minutes = observation.times.mean(axis=1) / 60
-    for line, marker in zip(observation.lines, cycle("osD^"), strict=False):
-        course = per_scan(numbers, line, "median_velocity_kms")
-        error = per_scan(numbers, line, "median_velocity_statistical_error_kms")
-        sampling = numbers["lines"][line]["sampling_error_kms"]
-        label = f"{LABELS.get(line, line)} (sampling: ±{sampling:.0f} km s$^{{-1}}$)"
+    for (name, values), marker in zip(numbers["lines"].items(), cycle("osD^"), strict=False):
+        error = per_scan(values, "median_velocity_statistical_error_kms")
+        label = f"{LABELS.get(name, name)} (sampling: ±{values['sampling_error_kms']:.0f} km s$^{{-1}}$)"
+        course = per_scan(values, "median_velocity_kms")
         axes.errorbar(minutes, course, error, marker=marker, capsize=2, label=label)
-    finish(axes, observation, "Median velocity [km s$^{-1}$]")
+    axes.set_ylabel("Median velocity [km s$^{-1}$]")
 
 
-def per_scan(numbers: dict[str, Any], line: str, quantity: str) -> FloatArray:
-    """One of the `statistics` over the scans; NaN where there is none."""
-    return np.array([scan[quantity] for scan in numbers["lines"][line]["per_scan"]], dtype=np.float64)
-
-
-def finish(axes: Axes, observation: Observation, label: str) -> None:
-    """What both courses in time share."""
-    axes.set(xlabel=f"Minutes since {observation.primaries[0]['STARTOBS'][11:19]} UT", ylabel=label)
-    axes.margins(y=0.25)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=2, loc="upper center")
+def per_scan(values: dict[str, Any], quantity: str) -> FloatArray:
+    """One number of the `summary` over the scans; NaN where there is none."""
+    return np.array([scan[quantity] for scan in values["per_scan"]], dtype=np.float64)
 
 
 if __name__ == "__main__":

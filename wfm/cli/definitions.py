@@ -1,0 +1,297 @@
+"""What there is and what is to be done, as documents: apply, diff, get, delete; and what people ask of pipelines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from msgspec import Struct
+
+from wfm.cli import context, output
+from wfm.cli.system import show_coverage
+from wfm.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from wfm.documents import Change, Documents
+    from wfm.store import Tx
+    from wfm.views import CoverageLine
+
+
+# --- documents ---
+
+
+class Effect(Struct, frozen=True):
+    """What applying some documents does: each change, and how the pipelines that it touches stand."""
+
+    changes: list[Change]
+    pipelines: list[CoverageLine]
+
+
+def read_documents(files: Sequence[str]) -> Documents:
+    """The documents of some YAML files; ``-`` is standard input.
+
+    Raises:
+        UsageError: no file is named. NotFoundError: one does not exist. DocumentError: with all faults of all files.
+    """
+    from wfm import documents
+
+    if not files:
+        raise UsageError("name at least one file: -f FILE")
+    texts = []
+    for file in files:
+        try:
+            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise NotFoundError(f"{file} does not exist") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError(f"{file} cannot be read: {e}") from e
+        texts.append(("standard input" if file == "-" else file, text))
+    return documents.load(texts)
+
+
+def apply_documents(tx: Tx, read: Documents, location_id: int, reason: str = "") -> Effect:
+    """Apply documents in a transaction."""
+    from wfm import documents, views
+
+    actor = context.actor(reason)
+    applied = documents.apply(tx.conn, read, location_id=location_id, actor=actor.name, reason=actor.reason)
+    tx.load_events(applied.event_ids)
+    if not applied.pipeline_ids_changed:
+        return Effect(applied.changes, [])
+    touched = {r.name for r in tx.all("SELECT name FROM pipeline WHERE id = ANY(:i)", i=applied.pipeline_ids_changed)}
+    coverage = views.coverage_summary(tx.conn, location_id)
+    return Effect(applied.changes, [line for line in coverage if line.pipeline in touched])
+
+
+def show_effect(effect: Effect, *, verbs: dict[str, str]) -> None:
+    """Print what becomes of each document, field by field, and the units of the pipelines that this touches."""
+    for c in effect.changes:
+        click.echo(f"{c.kind} {c.name}: {verbs[c.action]}")
+        for d in c.differences if c.action == "update" else ():
+            click.echo(f"  {d.field}: {_brief(d.old)} → {_brief(d.new)}")
+    if effect.pipelines:
+        click.echo("\nunits of the pipelines that this touches, by what they are now:")
+        show_coverage(effect.pipelines)
+
+
+def _brief(value: Any) -> str:
+    if value is None:
+        return "(none)"
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+_files = click.option("-f", "--file", "files", multiple=True, metavar="FILE", help="A YAML file; - for standard input.")
+_more_files = click.argument("more", nargs=-1, metavar="[FILE]...")
+
+
+@click.command()
+@_files
+@_more_files
+@context.reason
+@output.as_json
+def apply(files: tuple[str, ...], more: tuple[str, ...], reason: str, as_json: bool) -> None:
+    """Make the catalogue and the pipelines as YAML documents say.
+
+    Applying the same again changes nothing. All faults of all files are reported together, and then nothing is done.
+
+    \b
+    Example:  wfm apply -f pipelines/*.yaml --reason "line fit 1.3"
+    """
+    read = read_documents([*files, *more])
+    with context.deployment() as d:
+        effect = d.write(lambda tx: apply_documents(tx, read, d.location, reason))
+    if as_json:
+        output.document(effect)
+    else:
+        show_effect(effect, verbs={"create": "created", "update": "updated", "unchanged": "unchanged"})
+
+
+@click.command()
+@_files
+@_more_files
+@output.as_json
+def diff(files: tuple[str, ...], more: tuple[str, ...], as_json: bool) -> None:
+    """Show what `wfm apply` would do. Changes nothing.
+
+    \b
+    Example:  wfm diff -f pipelines/*.yaml
+    """
+    read = read_documents([*files, *more])
+    with context.deployment() as d, d.read() as tx:
+        effect = apply_documents(tx, read, d.location)
+        tx.conn.rollback()
+    if as_json:
+        output.document(effect)
+    else:
+        show_effect(
+            effect, verbs={"create": "would be created", "update": "would be updated", "unchanged": "unchanged"}
+        )
+
+
+class Kind(click.ParamType[str]):
+    """A kind of document."""
+
+    name = "kind"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from wfm.documents import KINDS
+        from wfm.grouping import unknown
+
+        if value not in KINDS:
+            self.fail(unknown("kind", value, KINDS), param, ctx)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Kinds that begin so."""
+        from click.shell_completion import CompletionItem
+
+        from wfm.documents import KINDS
+
+        return [CompletionItem(kind) for kind in KINDS if kind.startswith(incomplete)]
+
+
+@click.command()
+@click.argument("kind", type=Kind())
+@click.argument("name", required=False)
+@output.as_json
+def get(kind: str, name: str | None, as_json: bool) -> None:
+    """Print documents as they could be applied again.
+
+    \b
+    Example:  wfm get pipeline
+              wfm get software linefit > linefit.yaml
+    """
+    from wfm import documents
+
+    with context.deployment() as d, d.read() as tx:
+        found = documents.get(tx.conn, kind, name)
+    if as_json:
+        output.document(found)
+    elif found:
+        click.echo(documents.dump(found), nl=False)
+    else:
+        click.echo(f"no {kind} yet", err=True)
+
+
+@click.command()
+@click.argument("kind", type=Kind())
+@click.argument("name")
+@context.reason
+def delete(kind: str, name: str, reason: str) -> None:
+    """Delete a thing that nothing uses. The history of runs stays.
+
+    \b
+    Example:  wfm delete pipeline ngc253-co --reason "replaced by ngc253-co43"
+    """
+    from wfm import documents
+
+    actor = context.actor(reason)
+
+    def work(tx: Tx) -> None:
+        tx.load_events(documents.delete(tx.conn, kind, name, actor=actor.name, reason=actor.reason))
+
+    with context.deployment() as d:
+        d.write(work)
+    click.echo(f"{kind} {name}: deleted")
+
+
+# --- pipelines ---
+
+_target = click.argument("target", metavar="PIPELINE[/STEP]")
+
+
+@click.command()
+@_target
+@click.argument("unit", required=False)
+@context.reason
+def trigger(target: str, unit: str | None, reason: str) -> None:
+    """Ask for gaps to run now: of a pipeline, of one step, of one unit.
+
+    This is how pipelines with `trigger: MANUAL` run. What is covered stays covered.
+
+    \b
+    Example:  wfm trigger ngc253-co
+              wfm trigger ngc253-co/map ngc253-co43
+    """
+    from wfm import acts
+
+    pipeline, step = context.split(target)
+
+    def work(tx: Tx) -> int:
+        return acts.trigger(tx, pipeline, step, context.full_key(tx, pipeline, unit), context.actor(reason))
+
+    with context.deployment() as d:
+        asked = d.write(work)
+    click.echo(
+        f"asked for the gaps among {output.plural(asked, 'unit')}; `wfm why {target}` shows what becomes of them"
+    )
+
+
+@click.command()
+@_target
+@context.reason
+def pause(target: str, reason: str) -> None:
+    """Start nothing new in a pipeline or step; what runs goes on.
+
+    \b
+    Example:  wfm pause ngc253-co/map --reason "waiting for the new beam"
+    """
+    from wfm import acts
+
+    with context.deployment() as d:
+        d.write(lambda tx: acts.pause(tx, *context.split(target), context.actor(reason)))
+    click.echo(f"{target} is paused; `wfm resume {target}` lets it go on")
+
+
+@click.command()
+@_target
+@context.reason
+def resume(target: str, reason: str) -> None:
+    """Undo `wfm pause`.
+
+    \b
+    Example:  wfm resume ngc253-co/map
+    """
+    from wfm import acts
+
+    with context.deployment() as d:
+        d.write(lambda tx: acts.resume(tx, *context.split(target), context.actor(reason)))
+    click.echo(f"{target} goes on")
+
+
+@click.command()
+@click.argument("pipeline")
+@context.reason
+def enable(pipeline: str, reason: str) -> None:
+    """Let a pipeline work.
+
+    \b
+    Example:  wfm enable ngc253-co
+    """
+    _set_enabled(pipeline, True, reason)
+
+
+@click.command()
+@click.argument("pipeline")
+@context.reason
+def disable(pipeline: str, reason: str) -> None:
+    """Have a pipeline do nothing until `wfm enable`; what runs goes on.
+
+    \b
+    Example:  wfm disable ngc253-co --reason "season is over"
+    """
+    _set_enabled(pipeline, False, reason)
+
+
+def _set_enabled(pipeline: str, enabled: bool, reason: str) -> None:
+    from wfm import acts
+
+    with context.deployment() as d:
+        d.write(lambda tx: acts.set_enabled(tx, pipeline, enabled, context.actor(reason)))
+    click.echo(f"{pipeline} is {'enabled' if enabled else 'disabled'}")
