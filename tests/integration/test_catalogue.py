@@ -334,9 +334,11 @@ def test_two_registrations_of_the_same_packages_take_turns(database: str) -> Non
     from tests.harness import wait_until
 
     engine = connect(database, "wfm")
+    same = ExecutedObsUnitIn("e", obs_unit="ou")
+    packages = [package(name, executed_obs_unit=same) for name in ("p1", "p2")]
     with engine.begin() as conn:
         apply(conn, SITE)
-    packages = [package("p1"), package("p2")]
+        add(conn, package("p0", executed_obs_unit=same))  # what they name is there: they meet at the packages alone
     second: list[Registered] = []
 
     def late() -> None:

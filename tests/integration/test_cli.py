@@ -234,10 +234,10 @@ def test_without_servers_it_says_what_to_do(nothing: Cli, tmp_path: Path) -> Non
 
 
 def test_wrong_settings_are_all_reported(nothing: Cli) -> None:
-    said = nothing("runs", "list", code=2, WFM_LEASE_SECONDS="soon", WFM_REDIS_PORT="0").stderr
+    said = nothing("runs", "list", code=2, WFM_LEASE_SECONDS="soon", WFM_BATCH_SIZE="0").stderr
     assert said.count("error: ") == 2
     assert "WFM_LEASE_SECONDS" in said
-    assert "WFM_REDIS_PORT" in said
+    assert "WFM_BATCH_SIZE" in said
 
 
 def test_wrong_usage_ends_with_2(nothing: Cli) -> None:

@@ -168,14 +168,15 @@ def lock(directory: str) -> int | None:
     Raises:
         OSError: the file system cannot be reached, or has no locks.
     """
-    descriptor = os.open(os.path.join(directory, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    path = os.path.join(directory, LOCK)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0))
     except OSError as error:
         os.close(descriptor)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return None
-        raise
+        raise OSError(error.errno, f"cannot be locked: {error.strerror}", path) from None
     return descriptor
 
 
@@ -291,12 +292,12 @@ def supervise(directory: str) -> int:
     started_at, started = time.time(), time.monotonic()
     stopped, fault, status = "", None, 0
     try:
-        main = _start(job, directory)
+        leader = _start(job, directory)
     except _NotStarted as error:
         fault = error
     else:
-        stopped = _wait(main, directory, job["resources"].get("time_hours"))
-        status = _end(main, job.get("grace_seconds", GRACE_SECONDS), gently=bool(stopped))
+        stopped = _wait(leader, directory, job["resources"].get("time_hours"))
+        status = _end(leader, job.get("grace_seconds", GRACE_SECONDS), gently=bool(stopped))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     oom_killed = status != 0 and _oom_kills() > oom_kills
     record = verdict(job, status, stopped, fault, oom_killed)
@@ -353,7 +354,7 @@ class _NotStarted(Exception):  # noqa: N818
 
 
 def _start(job: Json, directory: str) -> int:
-    """Execute the command in a process group of its own; returns its pid, or raises _NotStarted."""
+    """Execute the command as the leader of a process group; returns its pid, or raises _NotStarted."""
     environment = {key: os.environ[key] for key in BASE_ENVIRONMENT if key in os.environ}
     environment.update(job["environment"])
     environment[ATTEMPT_DIRECTORY] = directory
@@ -399,13 +400,13 @@ def _execute(job: Json, environment: dict[str, str]) -> None:
         raise _NotStarted(NOT_EXECUTABLE_EXIT, failure, f"command {command[0]!r}: {error}") from None
 
 
-def _wait(main: int, directory: str, time_hours: float | None) -> str:
+def _wait(leader: int, directory: str, time_hours: float | None) -> str:
     """Wait until the command ends or must be ended: because it is ``"cancelled"``, out of time (``"timeout"``), or
     because the supervisor was told to go (``"signal"``); else ``""``."""
     mark = os.path.join(directory, CANCELLED)
     deadline = float("inf") if time_hours is None else time.monotonic() + 3600 * time_hours
     told = False
-    while not _ended(main):
+    while not _ended(leader):
         with contextlib.suppress(OSError):  # a mark out of reach is no mark yet
             if present(mark):
                 return "cancelled"
@@ -419,22 +420,22 @@ def _wait(main: int, directory: str, time_hours: float | None) -> str:
     return ""
 
 
-def _ended(main: int) -> bool:
+def _ended(leader: int) -> bool:
     """Whether the command has ended; it stays a zombie, so that its pid still names its group. Orphans are reaped."""
     while True:
         child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if child is None:
             return False
-        if child.si_pid == main:
+        if child.si_pid == leader:
             return True
         os.waitpid(child.si_pid, 0)
 
 
-def _end(main: int, grace: float, gently: bool) -> int:
+def _end(leader: int, grace: float, gently: bool) -> int:
     """End every process of the job; returns the command's wait status.
 
     Args:
-        main: pid of the command: a zombie or alive.
+        leader: pid of the command: a zombie or alive.
         grace: seconds, see `GRACE_SECONDS`.
         gently: begin with SIGTERM, and let the whole tree have the grace to clean up.
     """
@@ -442,16 +443,16 @@ def _end(main: int, grace: float, gently: bool) -> int:
     steps = ((signal.SIGTERM, grace), (signal.SIGKILL, float("inf")))
     for number, seconds in steps if gently else steps[1:]:
         until = time.monotonic() + seconds
-        if main not in statuses:
+        if leader not in statuses:
             with contextlib.suppress(PermissionError):
-                os.killpg(main, number)
+                os.killpg(leader, number)
         signalled = False
         while _reap(statuses) and time.monotonic() < until:
             if number == signal.SIGKILL or not signalled:  # who forks while we look is found by the next look
-                _signal_descendants(number, but_group=main if main not in statuses else 0)
+                _signal_descendants(number, but_group=leader if leader not in statuses else 0)
                 signalled = True
             signal.sigtimedwait({signal.SIGCHLD}, max(0.0, min(until - time.monotonic(), 0.5)))
-    return statuses[main]
+    return statuses[leader]
 
 
 def _reap(statuses: dict[int, int]) -> bool:

@@ -165,7 +165,7 @@ class Demo:
                     "metadata": about,
                     "files": [{"name": file.name, "size": file.size, "checksum": file.checksum}],
                     "location": f"{self.pipeline}-archive",
-                    "path": "",
+                    "path": str(self.folder / "archive"),
                 }
             )
         path = self.folder / f"{name}.yaml"
