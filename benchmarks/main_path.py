@@ -1,7 +1,7 @@
 """The main path, measured: what an idle role costs, how long a hand-over takes, how many runs per second.
 
-Four roles as four processes, Postgres and Valkey from the wheels, data on disk, the local backend, jobs that are `/bin/true`
-plus the one file they must leave behind. Figures depend on the machine; compare figures of one run.
+Four roles as four processes, Postgres and Valkey from the wheels, data on disk, the local backend, jobs that do nothing
+but leave the one file they must. Figures depend on the machine; compare figures of one run.
 
     python benchmarks/main_path.py [--runs 1000] [--report FILE]
 """

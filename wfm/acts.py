@@ -51,9 +51,11 @@ def retry_runs(tx: Tx, ids: Sequence[int], actor: Actor) -> Moved:
         for r in tx.all(
             """
             SELECT r.id, a.id AS active FROM run r
-            LEFT JOIN run a ON (a.step_id, a.unit_id) = (r.step_id, r.unit_id) AND a.id <> r.id AND a.finished_at IS NULL
+            LEFT JOIN run a ON (a.step_id, a.unit_id) = (r.step_id, r.unit_id) AND a.id <> r.id
+                AND a.finished_at IS NULL
             LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (r.step_id, r.unit_id)
-            WHERE r.id = ANY(:ids) AND r.finished_at IS NOT NULL AND (a.id IS NOT NULL OR c.wanted IS DISTINCT FROM r.wanted)
+            WHERE r.id = ANY(:ids) AND r.finished_at IS NOT NULL
+                AND (a.id IS NOT NULL OR c.wanted IS DISTINCT FROM r.wanted)
             """,
             ids=list(ids),
         )

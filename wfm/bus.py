@@ -14,7 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import redis
 from msgspec import Struct
@@ -175,7 +175,7 @@ class Bus:
             count=len(entries) * 4,
             consumername=self.consumer,
         )
-        counts = {bytes(p["message_id"]).decode(): int(p["times_delivered"]) for p in pending}
+        counts = {cast(bytes, p["message_id"]).decode(): int(p["times_delivered"]) for p in pending}
         return [Entry(e.stream, e.id, e.body, counts.get(e.id, 1)) for e in entries]
 
     # --- upkeep ---

@@ -582,10 +582,10 @@ def read(
 
 
 def scan_files(paths: Iterable[Path], progress: Callable[[int], None] | None = None) -> list[FileIn]:
-    """Sizes and SHA-256 checksums of files, sorted by name.
+    """Sizes and SHA-256 checksums of files, in the order of the paths.
 
     Args:
-        paths: a file counts under its own name, a directory stands for all files below it, named from there.
+        paths: a file counts under its own name, a directory stands for all files below it, sorted, named from there.
         progress: called with the number of bytes just read.
 
     Raises:
@@ -598,7 +598,7 @@ def scan_files(paths: Iterable[Path], progress: Callable[[int], None] | None = N
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         base = path if path.is_dir() else path.parent
         found += [_scan(p, p.relative_to(base).as_posix(), progress) for p in inside]
-    return sorted(found, key=lambda f: f.name)
+    return found
 
 
 def _scan(path: Path, name: str, progress: Callable[[int], None] | None) -> FileIn:

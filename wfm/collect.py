@@ -147,7 +147,7 @@ def _is_unchanged(path: str, staged: StagedInput, watch: Watch) -> bool:
     if not stat.S_ISREG(seen.st_mode) or seen.st_size != staged.size:
         return False
     with open(path, "rb", buffering=0) as file:
-        return jobs.checksum(jobs.chunks(file), watch) == staged.checksum
+        return jobs.checksum(jobs.chunks(file, staged.size), watch) == staged.checksum
 
 
 # --- what is there ---
@@ -298,7 +298,7 @@ def _protect(directory: str, files: Sequence[_File]) -> None:
 def _checksum(file: _File, watch: Watch) -> str:
     with open(file.real, "rb", buffering=0) as content:
         before = _stamp(content)
-        checksum = jobs.checksum(jobs.chunks(content), watch)
+        checksum = jobs.checksum(jobs.chunks(content, file.size), watch)
         if _stamp(content) != before or before[0] != file.size:
             raise UnavailableError(f"{file.path}: changed while it was read; is somebody still writing it?")
     return checksum

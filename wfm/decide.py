@@ -304,6 +304,11 @@ class Verdict(Struct, frozen=True):
     failure: FailureClass | None = None
     message: str = ""
 
+    @property
+    def lost(self) -> bool:
+        """Whether the job counts as gone for lack of any trace, rather than for what it said."""
+        return self.failure is FailureClass.VANISHED
+
 
 def judge(state: RunState, report: Report, seconds_in_state: float, grace_seconds: float) -> Verdict:
     """What became of a job, from the evidence.

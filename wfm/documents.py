@@ -198,7 +198,7 @@ KINDS: dict[str, Kind] = {
 """All kinds, each after those it refers to: the order in which documents are applied."""
 
 Path = tuple[str | int, ...]
-
+"""Keys and indices that lead to a part of a document."""
 
 Fault = tuple[str, int, str]
 """File, line, message."""
@@ -268,23 +268,24 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.text)
-_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+
+_SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
     # tag: (pattern, first characters, constructor)
-    "null": (r"~|null|Null|NULL|", "~nN", lambda _: None),
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda s: s.lower() == "true"),
+    "null": (r"~|null|Null|NULL|", [*"~nN", ""], lambda _: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"], lambda s: s.lower() == "true"),
     "int": (
         r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-        "-+0123456789",
+        [*"-+0123456789"],
         lambda s: int(s, 0 if s[:2] in ("0o", "0x") else 10),
     ),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
+        [*"-+.0123456789"],
         lambda s: float(s.lower().replace(".inf", "inf").replace(".nan", "nan")),
     ),
 }
 for _name, (_pattern, _first, _) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), [*_first, *[""][: _name == "null"]])
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def dump(documents: Sequence[Mapping[str, Any]]) -> str:
@@ -522,11 +523,13 @@ def _check(spec: Any, note: _NoteAt) -> None:
 
 
 def _check_versions(spec: Software, note: _NoteAt) -> None:
-    known: dict[Version, str] = {}
+    known: dict[Version | None, str] = {}
     for n, v in enumerate(spec.versions):
         version = _version(v.version, ("versions", n, "version"), note)
-        if version and known.setdefault(version, v.version) is not v.version:
-            note(("versions", n, "version"), f"version {v.version} comes twice (as {known[version]})")
+        if version in known:
+            note(("versions", n, "version"), f"version {v.version} comes twice (first as {known[version]})")
+        elif version:
+            known[version] = v.version
 
 
 def _version(text: str, path: Path, note: _NoteAt) -> Version | None:
@@ -576,7 +579,7 @@ def _check_step(step: Step, steps: Mapping[str, Step], note: _NoteAt) -> None:
             note(("depends_on", n), f"depends_on: {name!r} comes twice")
         elif name not in steps:
             note(("depends_on", n), unknown("step", name, steps))
-        elif not grouping.validate_group_by([*steps[name].group_by]) + grouping.validate_group_by([*step.group_by]):
+        elif not any(map(grouping.validate_group_by, (steps[name].group_by, step.group_by))):
             finer = ", ".join(steps[name].group_by) or "nothing"
             for dimension in grouping.determines(steps[name].group_by, step.group_by):
                 text = f"is grouped by {dimension}, which the units of {name!r} (grouped by {finer}) do not determine"
@@ -694,6 +697,8 @@ def _read_parameters(conn: Connection, configs: _Things) -> None:
     rows = select(table.c.config_id, table.c.parameters).where(
         table.c.config_id.in_(configs), table.c.revision == newest
     )
+    for thing in configs.values():
+        thing["parameters"] = {}
     for config_id, parameters in conn.execute(rows):
         configs[config_id]["parameters"] = parameters
 
@@ -1146,13 +1151,15 @@ def _users(
         refers = [
             c.in_(ids) for t, ids in things.items() for c in table.c if target(c) is t and c is not owned.get(table)
         ]
-        if not refers:
+        count = conn.scalar(select(func.count()).select_from(table).where(or_(*refers))) if refers else 0
+        if not count:
             continue
-        count = conn.scalar(select(func.count()).select_from(table).where(or_(*refers))) or 0
-        if count and "name" in table.c:
-            pipelines = select(schema.pipeline.c.name).where(schema.pipeline.c.id == table.c.get("pipeline_id"))
-            label = pipelines.scalar_subquery() + "/" + table.c.name if "pipeline_id" in table.c else table.c.name
-            named = conn.scalars(select(label).where(or_(*refers)).order_by(label).limit(5))
-            yield f"{table} {', '.join(named)}" + (f" and {count - 5} more" if count > 5 else "")
-        elif count:
+        if "name" not in table.c:
             yield f"{count} × {table}"
+            continue
+        label: ColumnElement[str] = table.c.name
+        if table is schema.reduction_step:
+            pipeline = select(schema.pipeline.c.name).where(schema.pipeline.c.id == table.c.pipeline_id)
+            label = pipeline.scalar_subquery() + "/" + table.c.name
+        named = conn.scalars(select(label).where(or_(*refers)).order_by(label).limit(5))
+        yield f"{table} {', '.join(named)}" + (f" and {count - 5} more" if count > 5 else "")

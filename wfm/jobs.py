@@ -367,11 +367,16 @@ class Watch(Struct, frozen=True):
             raise UnavailableError("stopped: the lease was lost, or the worker is to end")
 
 
-def chunks(file: RawIOBase) -> Iterator[memoryview]:
-    """The bytes of an open file. A chunk is valid until the next one is asked for."""
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    while size := file.readinto(buffer):
-        yield buffer[:size]
+def chunks(file: RawIOBase, size: int) -> Iterator[memoryview]:
+    """The bytes of an open file; of one that has become longer than `size`, just one too many, for it may never end.
+
+    A chunk is valid until the next one is asked for.
+    """
+    left = size + 1
+    buffer = memoryview(bytearray(min(left, _CHUNK_BYTES)))
+    while count := file.readinto(buffer[:left]):
+        yield buffer[:count]
+        left -= count
 
 
 def checksum(content: Iterable[memoryview], watch: Watch, sink: Callable[[memoryview], object] | None = None) -> str:

@@ -19,7 +19,7 @@ from msgspec import Struct
 from wfm.backends import Backend
 from wfm.collect import Collected, collect
 from wfm.config import Settings
-from wfm.decide import MoveFacts, backoff, judge
+from wfm.decide import MoveFacts, Verdict, backoff, judge
 from wfm.errors import HeldError, InputError, OutputError, UnavailableError
 from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan
 from wfm.model import Actor, FailureClass, JobRef, JobSpec, JobStatus, Report, Resources, Role, RunState, TaskKind
@@ -289,18 +289,26 @@ class Poll(_Base):
         return {t.id: _Look(list(runs.values())) for t in tasks}
 
     def perform(self, work: Sequence[_Look], alive: Callable[[], bool]) -> Sequence[Any]:
-        looks = []
-        for look in work:
-            reports = self.backend.poll([r.ref for r in look.runs]) if look.runs else {}
-            looks.append({r.id: (r, reports[r.ref.name]) for r in look.runs if r.ref.name in reports})
-        return looks
+        return [{r.id: (r, report) for r, report in self._look(look.runs)} for look in work]
+
+    def _look(self, runs: Sequence[RunRow]) -> list[tuple[RunRow, Report]]:
+        if not runs:
+            return []
+        reports = dict(self.backend.poll([r.ref for r in runs]))
+        lost = [r for r in runs if r.ref.name in reports and self._verdict(r, reports[r.ref.name]).lost]
+        if lost:
+            # Another attempt may begin only when this one can neither begin nor go on: fence it, then look once more.
+            gone = (JobStatus.CANCELLED, JobStatus.ABSENT, JobStatus.VANISHED)
+            fenced = self.backend.cancel([r.ref for r in lost])
+            reports |= {name: report for name, report in fenced.items() if report.status not in gone}
+        return [(r, reports[r.ref.name]) for r in runs if r.ref.name in reports]
+
+    def _verdict(self, run: RunRow, report: Report) -> Verdict:
+        return judge(run.state, report, run.seconds_in_state, self.settings.vanish_grace_seconds)
 
     def succeeded(self, tx: Tx, runs: Mapping[int, RunRow], outcomes: Sequence[Outcome]) -> Sequence[Move]:
         seen: dict[int, tuple[RunRow, Report]] = {i: pair for o in outcomes for i, pair in o.value.items()}
-        verdicts = {
-            i: judge(run.state, report, run.seconds_in_state, self.settings.vanish_grace_seconds)
-            for i, (run, report) in seen.items()
-        }
+        verdicts = {i: self._verdict(run, report) for i, (run, report) in seen.items()}
         acting = [i for i, v in verdicts.items() if v.trigger]
         moves = []
         for i, run in tx.lock_runs(acting).items():
@@ -438,6 +446,8 @@ class Cancel(_Base):
         return {task: run.ref for task, run in _runs_of(tx, tasks, RunState.CANCELLING).items()}
 
     def perform(self, work: Sequence[JobRef], alive: Callable[[], bool]) -> Sequence[Any]:
+        for job in work:
+            os.makedirs(job.directory, exist_ok=True)  # a mark can stand where nothing was staged yet
         reports = self.backend.cancel(work)
         return [
             reports[job.name]

@@ -24,7 +24,7 @@ from wfm import gaps
 from wfm.backends import Backend
 from wfm.charts import Chart
 from wfm.config import Settings
-from wfm.decide import Capacity, PendingRun, admit, wanted_digest
+from wfm.decide import DIGEST_MODULUS, Capacity, PendingRun, admit, wanted_digest
 from wfm.events import ENTRANCES, Event, PipelineChanged, RunEvent
 from wfm.jobs import build_spec
 from wfm.kinds import POLL, Poll, job_facts, link_upstream, open_purges, worker_kinds
@@ -368,7 +368,8 @@ class WorkflowManager(_Quiet):
         rows = tx.all(
             """
             SELECT r.id, r.wanted, u.digest, u.members, sw.name AS software, sv.version,
-                coalesce(cr.hash, '') AS config, us.name AS step, (SELECT coalesce(sum(ur.result), 0) % 340282366920938463463374607431768211456
+                coalesce(cr.hash, '') AS config, us.name AS step,
+                (SELECT coalesce(sum(ur.result), 0) % :modulus
                     FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id
                     WHERE i.run_id = r.id AND ur.step_id = us.id) AS results
             FROM run r JOIN unit u ON u.id = r.unit_id JOIN software_version sv ON sv.id = r.software_version_id
@@ -376,6 +377,7 @@ class WorkflowManager(_Quiet):
             LEFT JOIN step_dependency d ON d.step_id = r.step_id LEFT JOIN reduction_step us ON us.id = d.upstream_id
             WHERE r.id = ANY(:ids)
             """,
+            modulus=DIGEST_MODULUS,
             ids=list(ids),
         )
         upstream: dict[int, dict[str, int]] = defaultdict(dict)

@@ -293,13 +293,13 @@ def _place(search: _Search, directory: str, workshop: str, watch: Watch) -> tupl
     target = os.path.join(directory, item.path)
     if search.kept:
         with suppress(_UnreadableError):
-            if jobs.checksum(_chunks(target), watch) == item.checksum:
+            if jobs.checksum(_chunks(target, item.size), watch) == item.checksum:
                 return item.sources[0], "copy"
     os.makedirs(os.path.dirname(target), exist_ok=True)
     unfinished = os.path.join(workshop, "file")
     for source, how in search.copies:
         try:
-            found = _WAYS[how](source, unfinished, watch)
+            found = _WAYS[how](source, unfinished, item.size, watch)
         except _UnreadableError as error:
             search.unreachable.append(str(error))
         else:
@@ -312,28 +312,28 @@ def _place(search: _Search, directory: str, workshop: str, watch: Watch) -> tupl
     return None
 
 
-def _chunks(path: str) -> Iterator[memoryview]:
+def _chunks(path: str, size: int) -> Iterator[memoryview]:
     """The bytes of a file; its faults are told from those of the disk that we write to."""
     try:
         with open(path, "rb", buffering=0) as file:
-            yield from jobs.chunks(file)
+            yield from jobs.chunks(file, size)
     except OSError as error:
         raise _UnreadableError(f"{path}: {error}") from error
 
 
-def _link(source: str, target: str, watch: Watch) -> str:
+def _link(source: str, target: str, size: int, watch: Watch) -> str:
     os.symlink(os.path.realpath(source), target)
-    return jobs.checksum(_chunks(target), watch)
+    return jobs.checksum(_chunks(target, size), watch)
 
 
-def _reflink(source: str, target: str, watch: Watch) -> str:
+def _reflink(source: str, target: str, size: int, watch: Watch) -> str:
     with open(target, "xb") as clone:
         os.fchmod(clone.fileno(), 0o444)
         try:
             _clone(source, clone)
         except OSError as error:
             raise _UnreadableError(f"{source}: {error}") from error
-    return jobs.checksum(_chunks(target), watch)
+    return jobs.checksum(_chunks(target, size), watch)
 
 
 def _clone(source: str, target: BinaryIO) -> None:
@@ -341,14 +341,14 @@ def _clone(source: str, target: BinaryIO) -> None:
         fcntl.ioctl(target, _FICLONE, original.fileno())
 
 
-def _copy(source: str, target: str, watch: Watch) -> str:
+def _copy(source: str, target: str, size: int, watch: Watch) -> str:
     with open(target, "xb") as copy:
-        found = jobs.checksum(_chunks(source), watch, copy.write)
+        found = jobs.checksum(_chunks(source, size), watch, copy.write)
         os.fchmod(copy.fileno(), 0o444)
     return found
 
 
-_WAYS: Mapping[How, Callable[[str, str, Watch], str]] = {"link": _link, "reflink": _reflink, "copy": _copy}
+_WAYS: Mapping[How, Callable[[str, str, int, Watch], str]] = {"link": _link, "reflink": _reflink, "copy": _copy}
 """Each makes the target out of the source, and returns the checksum of what the job will read there."""
 
 

@@ -367,8 +367,8 @@ def test_scanning_files(tmp_path: Path) -> None:
     (tmp_path / "c.fits").write_bytes(b"c")
     read: list[int] = []
     found = scan_files([tmp_path / "raw", tmp_path / "c.fits"], read.append)
-    assert [(f.name, f.size) for f in found] == [("a.fits", 0), ("c.fits", 1), ("sub/b.fits", 3_000_000)]
-    assert found[1].checksum == "sha256:" + hashlib.sha256(b"c").hexdigest()
+    assert [(f.name, f.size) for f in found] == [("a.fits", 0), ("sub/b.fits", 3_000_000), ("c.fits", 1)]
+    assert found[2].checksum == "sha256:" + hashlib.sha256(b"c").hexdigest()
     assert sum(read) == 3_000_001
     with pytest.raises(NotFoundError, match=r"nothing\.fits does not exist"):
         scan_files([tmp_path / "nothing.fits"])

@@ -324,13 +324,14 @@ def test_up_status_down(tmp_path: Path) -> None:
             *("trigger-manager", "workflow-manager", "worker-1", "result-manager")
         ]
         assert first["counts"]["runs"]["COMPLETED"] == 0
-        assert set(cli.json("health").values()) != {()}
+        assert all(len(copies) == 1 for copies in cli.json("health").values())
+        assert cli.json("health", "worker").keys() == {"worker"}
 
         pids = {r["name"]: r["pid"] for r in first["roles"]}
         os.kill(pids["result-manager"], signal.SIGKILL)
         wait_until(lambda: Daemon(home, "result-manager").pid() is None)
         killed = cli.json("status", code=1)
-        assert [r["state"] for r in killed["roles"] if r["name"] == "result-manager"] == ["down"]
+        assert "down" in [r["state"] for r in killed["roles"] if r["name"] == "result-manager"]
 
         said = cli.process("up", "--workers", "2")
         assert "2 roles started" in said
@@ -429,7 +430,11 @@ def test_apply_says_what_changes_and_what_it_touches(processed: Cli, home: Path)
     processed("apply", "-f", "-", stdin=config)
     assert processed.json("get", "config", "bad")[0]["parameters"] == {"exit": 4}
     # Several files after one -f, as a shell's wildcard gives them.
-    assert len(processed.json("diff", "-f", home / "all.yaml", home / "all.yaml", code=None) or []) >= 0
+    more = home / "more.yaml"
+    more.write_text("kind: site\nname: there\n")
+    changes = processed.json("diff", "-f", home / "all.yaml", more)["changes"]
+    assert {"site here unchanged", "site there create"} <= {f"{c['kind']} {c['name']} {c['action']}" for c in changes}
+    processed("get", "site", "there", code=3)
 
 
 def test_names_that_do_not_exist(cli: Cli) -> None:
@@ -525,7 +530,6 @@ def test_watch_cancel_and_retry(processed: Cli) -> None:
         lambda: next(iter(processed.json("runs", "list", "--pipeline", "slow", "--state", "RUNNING")), None)
     )
     with processed.start("runs", "watch", run["id"], "--json") as watching:
-        assert "cancelled" in processed("pause", "slow").stdout or True
         said = processed.json("runs", "cancel", "--pipeline", "slow", "--reason", "too slow")
         assert said == {"moved": {str(run["id"]): "CANCELLING"}, "refused": {}}
         out, _ = watching.communicate(timeout=60)

@@ -306,7 +306,7 @@ def test_sigterm_hands_back_what_is_in_hand_and_the_next_one_goes_on(world):
     processes = [world.spawn(r) for r in Role]
     try:
         world.register(world.package("a"))
-        wait_until(lambda: world.executions())
+        wait_until(world.executions)
         began = time.monotonic()
         for p in processes:
             p.terminate()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -354,6 +355,23 @@ def test_one_that_was_thought_dead_cannot_meddle(full: Archive, number: int) -> 
     assert touched(full.attempt) == before
 
 
+def test_one_that_was_thought_dead_takes_nothing_away(archive: Archive, mounted: Callable[..., Path]) -> None:
+    """It wakes on a full disk; what is in place there is no longer its own."""
+    archive.base = mounted("-t", "tmpfs", "-o", "size=10m", "wfm-test")
+    archive.add("scan1", "raw.fits", b"x" * 3_000_000)
+
+    def meanwhile() -> None:
+        archive.stage(COPY)
+        with suppress(OSError), (archive.base / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 65_536)
+
+    alive = interrupt_at(3, meanwhile)
+    with pytest.raises(HeldError, match="full while staging"):
+        archive.stage(COPY, alive=lambda: alive() or True)
+    assert (archive.attempt / "input/scan1/raw.fits").read_bytes() == b"x" * 3_000_000
+
+
 @pytest.mark.parametrize("mark", ["claim", "exit.json"])
 def test_when_the_job_has_started_nothing_is_changed(full: Archive, mark: str) -> None:
     first = full.stage()
@@ -477,6 +495,17 @@ def test_a_read_error_is_not_the_end(archive: Archive) -> None:
     good.touch()
     archive.files = [msgspec.structs.replace(archive.files[0], sources=(str(broken), str(good)))]
     assert archive.stage(COPY).files == 1
+
+
+def test_a_copy_that_grows_is_no_copy(archive: Archive) -> None:
+    growing = archive.add("scan1", "raw.fits", b"x" * 3_000_000)
+
+    def grow(_: int) -> None:
+        with growing.open("ab") as file:
+            file.write(b"y" * 1_100_000)
+
+    with pytest.raises(InputError, match=f"{growing} has sha256"):
+        archive.stage(COPY, progress=grow)
 
 
 def test_a_base_that_refuses_is_unavailable(archive: Archive) -> None:

@@ -213,7 +213,8 @@ def package(text: str = "", files: str = "[{name: f, size: 1, checksum: 'sha256:
         ("kind: software\nname: s\nversions:\n- {version: 1.0.0}\n", 4, "versions[0]: missing key 'command'"),
         ("kind: software\nname: s\nversions:\n- {version: 1.0.0, command: []}\n", 4, "versions[0].command: must not be empty"),
         ("kind: software\nname: s\nversions:\n- {version: 1.0.0, command: x}\n", 4, "versions[0].command: expected a list"),
-        ("kind: software\nname: s\nversions:\n- {version: 1.0, command: [x]}\n- {version: 1.0.0, command: [x]}\n", 5, "version 1.0.0 comes twice (as 1.0)"),
+        ("kind: software\nname: s\nversions:\n- {version: 1.0, command: [x]}\n- {version: 1.0.0, command: [x]}\n", 5, "version 1.0.0 comes twice (first as 1.0)"),
+        ("kind: software\nname: s\nversions:\n- {version: 1, command: [x]}\n- {version: 1, command: [x]}\n", 5, "version 1 comes twice (first as 1)"),
         ("kind: software\nname: s\nversions:\n- {version: 1.0, command: [x], state: gone}\n", 4, "unknown state 'gone'; allowed: active, deprecated, revoked"),
         ("kind: grouping\nname: g\nrules:\n- {table: source, column: name, operator: eq, value: x}\n- {table: sorce, column: name, operator: eq, value: x}\n", 5, "rule 2: unknown table 'sorce', did you mean 'source'?"),
         # pipelines

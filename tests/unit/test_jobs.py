@@ -207,14 +207,19 @@ def test_a_checksum_in_one_pass() -> None:
     seen = bytearray()
     counted: list[int] = []
     file: Any = io.BytesIO(data)
-    found = jobs.checksum(jobs.chunks(file), Watch(progress=counted.append), seen.extend)
+    found = jobs.checksum(jobs.chunks(file, len(data)), Watch(progress=counted.append), seen.extend)
     assert found == f"sha256:{hashlib.sha256(data).hexdigest()}"
     assert bytes(seen) == data
     assert sum(counted) == len(data)
     assert len(counted) > 1
 
 
+def test_reading_a_file_that_grows_comes_to_an_end() -> None:
+    file: Any = io.BytesIO(b"12345")
+    assert [bytes(c) for c in jobs.chunks(file, 3)] == [b"1234"], "one byte too many, so that it is noticed"
+
+
 def test_a_checksum_stops_when_it_is_not_wanted_any_more() -> None:
     file: Any = io.BytesIO(b"x")
     with pytest.raises(UnavailableError, match="lease"):
-        jobs.checksum(jobs.chunks(file), Watch(alive=lambda: False))
+        jobs.checksum(jobs.chunks(file, 1), Watch(alive=lambda: False))

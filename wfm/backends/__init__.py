@@ -84,7 +84,5 @@ def open_backend(settings: Settings) -> Backend:
         return BACKENDS[settings.hpc_backend](settings)
     except KeyError:
         raise ConfigError(
-            [
-                f"HPC_BACKEND: {settings.hpc_backend!r} is not available in this version; available: {', '.join(BACKENDS)}"
-            ]
+            [f"HPC_BACKEND: {settings.hpc_backend!r} is not in this version; allowed: {', '.join(BACKENDS)}"]
         ) from None

@@ -103,6 +103,9 @@ class Demo:
                     raise
                 time.sleep(0.5)
 
+    def _tell(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
     # --- the parts ---
 
     def scans(self, simulated: bool) -> list[Path]:
@@ -110,7 +113,7 @@ class Demo:
         if simulated:
             originals = data.simulate(self.folder / "simulated")
         else:
-            originals = data.fetch(self.settings.home.parent / ".cache", lambda text: self.console.print(text))
+            originals = data.fetch(self.settings.home.parent / ".cache", self._tell)
         archive = self.folder / "archive"
         archive.mkdir(parents=True, exist_ok=True)
         scans = []
