@@ -39,10 +39,9 @@ from wfm.model import PRODUCT_DIRECTORIES, ProductType
 METRICS_BYTES = 1_000_000
 """The largest JSON file below ``output/qa/`` that is read for metrics."""
 
-_PASSED_OVER = re.compile(r"\.|.*(~|\.tmp|\.part)\Z", re.DOTALL)
+_PASSED_OVER = re.compile(r"\.(?!z(array|attrs|group|metadata)\Z)|.*(~|\.tmp|\.part)\Z", re.DOTALL)  # those make a Zarr
 _UNFIT_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates stand for what is not UTF-8
 _SYNC_THREADS = 8
-_LISTED = 50
 
 
 class Product(Struct, frozen=True):
@@ -95,7 +94,7 @@ def collect(
     watch = Watch(alive, progress)
     try:
         if altered := verify_inputs(directory, watch):
-            raise InputError(f"input altered by the job: {_listed(altered)}")
+            raise InputError(f"input altered by the job: {jobs.listed(altered)}")
         files, warnings = _find(directory, step, final)
         _protect(directory, files)
         products = []
@@ -189,14 +188,14 @@ def _find(directory: str, step: str, final: bool) -> tuple[list[_File], list[str
                 faults.append(f"{_shown(path)}: allowed is a place below {allowed}")
     faults += [f"{f.path}: is a hard link to a file outside the attempt" for f in _foreign(directory, files)]
     if faults:
-        raise OutputError(f"step {step!r} breaks the output contract:\n{_listed(sorted(faults), chr(10))}")
+        raise OutputError(jobs.listed([f"step {step!r} breaks the output contract:", *sorted(faults)], "\n"))
 
-    warnings = [f"passed over as hidden or temporary: {_listed(sorted(passed_over))}"] if passed_over else []
+    warnings = [f"passed over as hidden or temporary: {jobs.listed(sorted(passed_over))}"] if passed_over else []
     results = [f for f in files if f.type is not ProductType.LOG]
     if not results:
         raise OutputError("; ".join([f"step {step!r} wrote no result below {root}/ (WORKFLOW_OUTPUT_DIR)", *warnings]))
     if empty := sorted(f.path for f in results if not f.size):
-        warnings.append(f"empty: {_listed(empty)}")
+        warnings.append(f"empty: {jobs.listed(empty)}")
     return sorted(files, key=lambda f: f.path), warnings
 
 
@@ -328,7 +327,7 @@ def _metrics(file: _File) -> tuple[dict[str, Any], list[str]]:
         flat |= {f"{outer}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {outer: value}
     metrics = {key: value for key, value in flat.items() if _is_storable(key) and _is_storable(value)}
     left_out = [_shown(key) for key in flat if key not in metrics]
-    remarks = [f"{file.path}: neither number, text nor truth, left out: {_listed(left_out)}"] if left_out else []
+    remarks = [f"{file.path}: neither number, text nor truth, left out: {jobs.listed(left_out)}"] if left_out else []
     return metrics, remarks
 
 
@@ -338,8 +337,3 @@ def _is_storable(value: object) -> bool:
 
 def _shown(text: str) -> str:
     return text if text.isprintable() else ascii(text)
-
-
-def _listed(texts: Sequence[str], separator: str = ", ") -> str:
-    more = [f"and {len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
-    return separator.join([*texts[:_LISTED], *more])

@@ -471,9 +471,10 @@ class _Postgres(_Server):
             report(f"Postgres {version}: making an empty database in {self.data}")
             self._initialise([*prefix, str(program.with_name("initdb"))], account, options)
         self._check_major(version)
-        # No process of this cluster is alive (end_strays), so the pid in here is nobody's; or by now somebody
-        # else's, whom Postgres would take for a second server.
+        # No process of this cluster is alive (end_strays), so the pid in these is nobody's; or a zombie's, or by now
+        # somebody else's, whom Postgres would take for a second server.
         (self.data / "postmaster.pid").unlink(missing_ok=True)
+        self.socket.with_name(f"{self.socket.name}.lock").unlink(missing_ok=True)
         settings = {
             **self.settings,
             "unix_socket_directories": self.socket.parent,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import RawIOBase
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -44,6 +44,7 @@ MANIFEST_VERSION = 1
 
 _CHUNK_BYTES = 1 << 20
 _NAME_BYTES = 200
+_LISTED = 50
 _INTERPRETERS = ("python", "python3")
 
 How = Literal["link", "reflink", "copy"]
@@ -341,6 +342,12 @@ def manifest(plan: StagePlan) -> dict[str, Any]:
         "output_dir": f"{directory}/{output_directory(facts.step, facts.final)}",
         "log_dir": f"{directory}/{LOGS}",
     }
+
+
+def listed(texts: Sequence[str], separator: str = ", ") -> str:
+    """Many things in one message; of very many, the first ones and how many more there are."""
+    more = [f"and {len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
+    return separator.join([*texts[:_LISTED], *more])
 
 
 # --- checksums ---

@@ -50,7 +50,6 @@ _NO_CLONES = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.E
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MISSING = (FileNotFoundError, NotADirectoryError)
 _SYNC_THREADS = 8
-_LISTED = 20
 
 
 class StagingPolicy(Struct, frozen=True):
@@ -107,23 +106,24 @@ def stage(
     directory = plan.spec.directory
     wanted = jobs.inputs(plan)
     if homeless := [i.label for i in wanted if not i.sources]:
-        raise HeldError(f"held: no reachable copy of {_listed(homeless, '; ')}")
+        raise HeldError(f"held: no reachable copy of {jobs.listed(homeless, '; ')}")
     document = _json(jobs.manifest(plan))
     workshop = os.path.join(directory, _WORKSHOP, os.urandom(8).hex())
+    watch = Watch(alive, progress)
     try:
+        os.makedirs(workshop)  # first of all: whoever comes later can take it away
         standing = _standing(directory, document)
         if any(runjob.present(os.path.join(directory, name)) for name in (CLAIM, EXIT_RECORD)):
             if standing is None:
                 raise WfmError(f"{directory} was used by a job with other inputs or another configuration")
             return _summary(directory, standing)
-        _remove(directory, _WORKSHOP)
+        _take_over(workshop)
         if standing is not None:
             return _summary(directory, standing)
         if runjob.present(os.path.join(directory, jobs.MANIFEST)):  # of another plan: the manifest goes first
             _remove(directory, jobs.MANIFEST, jobs.INPUT, jobs.WORKSPACE)
-        for name in (*jobs.directories(plan.facts.step), workshop):
+        for name in jobs.directories(plan.facts.step):
             os.makedirs(os.path.join(directory, name), exist_ok=True)
-        watch = Watch(alive, progress)
         placed = _place_all(wanted, directory, workshop, policy, watch)
         watch.check()
         return _summary(directory, _seal(plan, placed, document, workshop))
@@ -148,6 +148,12 @@ def _standing(directory: str, document: bytes) -> tuple[StagedInput, ...] | None
         if _read(os.path.join(directory, jobs.MANIFEST)) == document:
             return msgspec.json.decode(_read(os.path.join(directory, jobs.STAGED)), type=tuple[StagedInput, ...])
     return None
+
+
+def _take_over(workshop: str) -> None:
+    """Remove what others left unfinished, and with it their means to go on."""
+    place, mine = os.path.split(workshop)
+    _remove(place, *(name for name in os.listdir(place) if name != mine))
 
 
 def _summary(directory: str, staged: Sequence[StagedInput]) -> Staged:
@@ -229,7 +235,7 @@ def _search(item: Input, directory: str, trial: BinaryIO, policy: StagingPolicy)
             elif found.st_size != item.size:
                 search.bad.append(f"{source} has {found.st_size} bytes instead of {item.size}")
             elif mode in ("auto", "link") and not _is_alterable(source):
-                search.copies.append((source, "link"))
+                search.copies.append((os.path.realpath(source), "link"))
             elif mode in ("auto", "reflink") and _can_clone(source, trial):
                 search.copies.append((source, "reflink"))
             elif mode in ("auto", "copy"):
@@ -246,10 +252,10 @@ def _search(item: Input, directory: str, trial: BinaryIO, policy: StagingPolicy)
 def _insist(lost: Sequence[_Search]) -> None:
     """End with what is wrong if there are inputs without a good copy; what does not answer may turn out good."""
     if unreachable := [text for s in lost for text in s.unreachable]:
-        raise UnavailableError(f"inputs cannot be read: {_listed(unreachable, '; ')}")
+        raise UnavailableError(f"inputs cannot be read: {jobs.listed(unreachable, '; ')}")
     if lost:
         texts = [f"{s.item.label} has no good copy: {'; '.join(s.absent + s.bad)}" for s in lost]
-        raise InputError(_listed(texts, "\n"))
+        raise InputError(jobs.listed(texts, "\n"))
 
 
 def _is_kept(path: str, size: int) -> bool:
@@ -322,7 +328,7 @@ def _chunks(path: str, size: int) -> Iterator[memoryview]:
 
 
 def _link(source: str, target: str, size: int, watch: Watch) -> str:
-    os.symlink(os.path.realpath(source), target)
+    os.symlink(source, target)
     return jobs.checksum(_chunks(target, size), watch)
 
 
@@ -432,8 +438,3 @@ def _remove(directory: str, *names: str) -> None:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
-
-
-def _listed(texts: Sequence[str], separator: str) -> str:
-    more = [f"and {len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
-    return separator.join([*texts[:_LISTED], *more])

@@ -320,6 +320,15 @@ def test_hidden_and_temporary_files_are_passed_over(attempt: Attempt) -> None:
     assert "\n" not in warning
 
 
+def test_what_makes_a_zarr_is_not_hidden(attempt: Attempt) -> None:
+    names = [".zarray", ".zattrs", ".zgroup", ".zmetadata", "0.0"]
+    for name in names:
+        attempt.write(f"output/science/map.zarr/{name}")
+    found = attempt.collect()
+    assert [p.path for p in found.products] == [f"output/science/map.zarr/{name}" for name in names]
+    assert found.warnings == ()
+
+
 def test_empty_files_are_allowed(attempt: Attempt) -> None:
     attempt.write("output/science/empty.fits", b"")
     attempt.write("logs/job.log", b"")
@@ -356,8 +365,8 @@ def test_long_lists_are_cut(attempt: Attempt) -> None:
     for n in range(200):
         attempt.write(f"output/{n}")
     lines = attempt.refusal().splitlines()
-    assert len(lines) == 52
-    assert lines[-1] == "and 150 more"
+    assert len(lines) == 51
+    assert lines[-1] == "and 151 more"
 
 
 # --- metrics ---

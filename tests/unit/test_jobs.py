@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from wfm import jobs
@@ -135,6 +135,8 @@ def test_any_package_name_gives_one_plain_directory(package: str) -> None:
 
 
 @given(st.lists(st.text(st.sampled_from("aä./%F2E-"), min_size=1), unique=True, min_size=2))
+@example(["a/b", "a%2Fb"])
+@example([".a", "%2Ea"])
 def test_unequal_packages_have_unequal_directories(packages: list[str]) -> None:
     assert len(set(paths(*(raw(p, "f") for p in packages)))) == len(packages)
 
