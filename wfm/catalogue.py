@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,7 +40,6 @@ from wfm.events import ENTRANCES, DataArrived, Event
 from wfm.grouping import storable, unknown
 from wfm.schema import (
     data_location,
-    event,
     executed_obs_unit,
     instrument,
     instrument_module,
@@ -52,7 +51,7 @@ from wfm.schema import (
     raw_data_package,
     source,
 )
-from wfm.store import encode
+from wfm.store import encode, insert_events
 
 LABEL = r"^[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]{0,198}[^\s\x00-\x1f\x7f])?\Z"
 """What a name in the catalogue looks like."""
@@ -155,14 +154,9 @@ def emit(conn: Connection, events: Sequence[tuple[int, Event]], *, actor: str, r
     rows = []
     for location, what in events:
         body = msgspec.to_builtins(what)
-        rows.append({"location_id": location, "type": body["type"], "recipient": ENTRANCES[body["type"]], "body": body})
-    if not rows:
-        return []
-    given = records(rows, [event.c[name] for name in rows[0]])
-    late = func.now() + timedelta(seconds=REPUBLISH_SECONDS)
-    values = select(*given.c, literal(actor), literal(reason), late)
-    columns = [*rows[0], "actor", "reason", "publish_at"]
-    return list(conn.scalars(insert(event).from_select(columns, values).returning(event.c.id)))
+        about = {"loc": location, "type": body["type"], "recipient": ENTRANCES[body["type"]], "body": body}
+        rows.append({**about, "actor": actor, "reason": reason})
+    return [row.id for row in insert_events(conn, rows, REPUBLISH_SECONDS)]
 
 
 # --- checks ---

@@ -26,7 +26,6 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -35,7 +34,7 @@ from msgspec import Struct
 from transitions import EventData, Machine
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
-from wfm.errors import ChartError, RefusedError
+from wfm.errors import ChartError, RefusedError, nearest
 from wfm.model import Role
 
 Guard = Callable[[Any], bool]
@@ -491,11 +490,10 @@ class _Reader:
         """The name; if it is unknown the nearest one, so that one slip of the pen does not look like many."""
         if name in allowed:
             return name
-        by_fold = {known.casefold(): known for known in allowed}
-        near = [by_fold[fold] for fold in get_close_matches(name.casefold(), by_fold, n=1)]
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        near = nearest(name, allowed)
+        hint = f"did you mean '{near}'? " if near else ""
         self._fault(node, f"{what}: '{name}' is unknown; {hint}allowed: {', '.join(allowed) or 'none'}")
-        return near[0] if near else name
+        return near or name
 
     def _state_name(self, node: Node | None, what: str, states: Collection[str]) -> str:
         """Without any states, which is a fault of its own, nothing can be said about their names."""

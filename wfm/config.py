@@ -17,14 +17,13 @@ import re
 import tomllib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
-from wfm.errors import ConfigError
+from wfm.errors import ConfigError, nearest
 
 PREFIXES = ("CCAT_WORKFLOW_MANAGER_", "WFM_")
 DATABASE_PREFIX = "CCAT_OPS_DB_DATABASE_POSTGRESQL_"
@@ -330,9 +329,8 @@ def _one_of(words: Sequence[str], wrong: str) -> str:
 
 
 def _nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
-    by_lower = {candidate.lower(): candidate for candidate in words}
-    close = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{by_lower[close[0]]}?" if close else ""
+    near = nearest(word, words, likeness=0.5)
+    return f"; did you mean {prefix}{near}?" if near else ""
 
 
 def _with_driver(url: str) -> str:

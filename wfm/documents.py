@@ -88,7 +88,7 @@ class Source(Struct, frozen=True, kw_only=True):
     """What is observed."""
 
     name: Label
-    kind: str = field(default="fixed", name="type")
+    type: str = "fixed"
     metadata: dict[str, Any] = {}
 
 

@@ -20,7 +20,8 @@ repeated, everything else is not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class WfmError(Exception):
@@ -105,3 +106,10 @@ class HeldError(WfmError):
         self.reason = reason
         self.retry_in = retry_in
         super().__init__(reason)
+
+
+def nearest(name: object, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
+    """The known name that somebody probably meant, upper and lower case aside; None where none is near."""
+    by_fold = {k.casefold(): k for k in known}
+    near = get_close_matches(str(name).casefold(), by_fold, n=1, cutoff=likeness)
+    return by_fold[near[0]] if near else None

@@ -12,7 +12,6 @@ of the package.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -46,6 +45,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from wfm.errors import nearest
 from wfm.schema import (
     executed_obs_unit,
     instrument,
@@ -128,9 +128,9 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
 
 def unknown(what: str, name: object, allowed: Collection[str]) -> str:
     """The text for a name that does not exist: the nearest one that does, and all of them if they are few."""
-    near = difflib.get_close_matches(str(name), allowed, n=1)
+    near = nearest(name, allowed)
     listed = f"; allowed: {', '.join(allowed)}" if 0 < len(allowed) <= 20 else ""
-    return f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + listed
+    return f"unknown {what} {name!r}" + (f", did you mean {near!r}?" if near else "") + listed
 
 
 def rules_from(rules: object) -> list[Rule]:

@@ -119,7 +119,7 @@ source = Table(
     metadata,
     _id(),
     Column("name", Text, nullable=False, unique=True),
-    _text("kind", "fixed"),
+    _text("type", "fixed"),
     _json("metadata"),
 )
 

@@ -375,9 +375,10 @@ class Tx:
                 software_version_id, config_revision_id, priority, cpu, memory_gb, state, chart_version, look_again_at)
             SELECT location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
                 config_revision_id, priority, cpu, memory_gb, :initial, :chart, now() + :look * interval '1 s'
-            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint, step_id bigint,
-                unit_id bigint, generation bigint, wanted text, result numeric, software_version_id bigint,
-                config_revision_id bigint, priority int, cpu float8, memory_gb float8)
+            FROM (SELECT g.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
+                step_id bigint, unit_id bigint, generation bigint, wanted text, result numeric,
+                software_version_id bigint, config_revision_id bigint, priority int, cpu float8, memory_gb float8)
+                JOIN pipeline p ON p.id = g.pipeline_id AND p.deleted_at IS NULL FOR SHARE OF p) g
             ON CONFLICT DO NOTHING RETURNING id, step_id, unit_id
             """,
             rows=encode(rows),
@@ -440,22 +441,7 @@ class Tx:
         )
 
     def _write_events(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows:
-            return
-        written = self.all(
-            """
-            INSERT INTO event
-                (location_id, type, recipient, body, run_id, run_version, actor, reason, publish_at, done_at)
-            SELECT loc, type, recipient, body, run, version, actor, reason, now() + :later * interval '1 s',
-                CASE WHEN recipient = '' THEN now() END
-            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS e(loc bigint, type text, recipient text, body jsonb,
-                run bigint, version int, actor text, reason text)
-            RETURNING id, type, recipient, body, created_at, actor, reason
-            """,
-            rows=encode(rows),
-            later=self.republish_seconds,
-        )
-        self.outbox.extend(_message(row) for row in written)
+        self.outbox.extend(_message(row) for row in insert_events(self.conn, rows, self.republish_seconds))
 
     def load_events(self, ids: Sequence[int]) -> None:
         """Put ledger rows that other statements wrote in this transaction into the outbox."""
@@ -623,6 +609,29 @@ class Tx:
             wait=backoff,
         )
         return int(rows[0].failures) if rows else 0
+
+
+def insert_events(conn: Connection, rows: Sequence[Mapping[str, Any]], republish_seconds: float) -> Sequence[Any]:
+    """Write ledger rows (loc, type, recipient, body, actor, reason; of runs also run, version); returns them whole.
+
+    They are not due for the relay at once: whoever writes them publishes them after the commit.
+    """
+    if not rows:
+        return []
+    return conn.execute(
+        text(
+            """
+            INSERT INTO event
+                (location_id, type, recipient, body, run_id, run_version, actor, reason, publish_at, done_at)
+            SELECT loc, type, recipient, body, run, version, actor, reason, now() + :later * interval '1 s',
+                CASE WHEN recipient = '' THEN now() END
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS e(loc bigint, type text, recipient text, body jsonb,
+                run bigint, version int, actor text, reason text)
+            RETURNING id, type, recipient, body, created_at, actor, reason
+            """
+        ),
+        {"rows": encode(rows), "later": republish_seconds},
+    ).all()
 
 
 def _body(r: RunRow) -> dict[str, Any]:

@@ -910,8 +910,7 @@ def events(
         until=until,
         limit=limit,
     )
-    full = len(found) == limit and not newest
-    return EventPage(found, found[-1].cursor if full else f"{horizon}-0")
+    return EventPage(found, found[-1].cursor if len(found) == limit else f"{horizon}-0")
 
 
 def _cursor(cursor: str) -> tuple[str, int]:

@@ -387,7 +387,7 @@ def _world(conn: Connection) -> list[dict[str, dict[str, Any]]]:
     def put(table: Any, some: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [dict(conn.execute(insert(table).values(r).returning(table)).mappings().one()) for r in some]
 
-    sources = put(schema.source, [{"name": n, "kind": "fixed" if len(n) > 3 else "moving"} for n in NAMES])
+    sources = put(schema.source, [{"name": n, "type": "fixed" if len(n) > 3 else "moving"} for n in NAMES])
     programs = put(schema.observing_program, [{"name": "deep"}, {"name": "wide"}])
     instruments = put(schema.instrument, [{"name": "CHAI"}, {"name": "Prime-Cam"}])
     modules = put(
@@ -507,7 +507,7 @@ def _rules() -> st.SearchStrategy[Rule]:
     scalars = st.sampled_from([s for s in SCALARS if isinstance(s, str | int | float)])
     ordered = st.sampled_from([s for s in SCALARS if isinstance(s, str | int | float) and not isinstance(s, bool)])
     columns: list[tuple[list[tuple[str, str]], list[str | None], Any, Any]] = [
-        ([(t, "name") for t in grouping.TABLES] + [("obs_unit", "line"), ("source", "kind")], [None], texts, texts),
+        ([(t, "name") for t in grouping.TABLES] + [("obs_unit", "line"), ("source", "type")], [None], texts, texts),
         ([("raw_data_package", "size"), ("raw_data_package", "item")], [None], numbers, numbers),
         ([("executed_obs_unit", "started_at")], [None], times, times),
         ([("raw_data_package", "metadata"), ("obs_unit", "metadata")], ["v", "deep.v", "v.x"], scalars, ordered),
@@ -580,7 +580,7 @@ def test_each_table_is_joined_once(conn: Connection) -> None:
     rules = [
         Rule("source", "name", "eq", "NGC253"),
         Rule("obs_unit", "line", "eq", "CO"),
-        Rule("source", "kind", "eq", "fixed"),
+        Rule("source", "type", "eq", "fixed"),
     ]
     statement = str(select_packages(rules, ["source", "obs_unit", "instrument"]))
     assert statement.count(" JOIN ") == 5

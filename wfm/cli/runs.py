@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from msgspec import Struct
@@ -310,27 +310,33 @@ def _all(d: context.Deployment) -> Iterator[Change]:
     """The runs under way, and then every run that is seen in another state, until none is left and none will come."""
     from wfm import views
 
-    seen: dict[int, int] = {}
+    def ask(tx: Tx, **which: Any) -> list[RunLine]:
+        return views.runs(tx.conn, location_id=d.location, limit=1_000_000, **which)
+
     with d.read() as tx:
-        began: datetime = tx.all("SELECT now() AS now")[0].now
-        for r in views.runs(tx.conn, location_id=d.location, since=began - _OVERLAP, limit=1_000_000):
-            if r.state in FINAL_STATES:
-                seen[r.id] = r.version
-    since = None
+        since = _now(tx) - _OVERLAP
+        seen = {r.id: r.version for r in ask(tx, since=since, states=FINAL_STATES)}
+        found = ask(tx, states=ACTIVE_STATES)
+    nothing_left = False
     while True:
-        with d.read() as tx:
-            counts = views.counts(tx.conn, d.location)
-            states = ACTIVE_STATES if since is None else ()
-            found = views.runs(tx.conn, location_id=d.location, since=since, states=states, limit=1_000_000)
-            since = tx.all("SELECT now() AS now")[0].now - _OVERLAP
         for r in reversed(found):
             if seen.get(r.id) != r.version:
                 seen[r.id] = r.version
                 yield Change(r.id, r.pipeline, r.step, r.unit, r.state, r.attempt, r.state_since, _about(r))
-        deciding = {Role.TRIGGER_MANAGER, Role.WORKFLOW_MANAGER}
-        if not any(counts.runs[s] for s in ACTIVE_STATES) and not any(p.recipient in deciding for p in counts.pending):
+        if nothing_left:
             return
         time.sleep(LOOK_SECONDS)
+        with d.read() as tx:
+            counts = views.counts(tx.conn, d.location)  # before the runs, so that what ends now is seen below
+            found = ask(tx, since=since)
+            since = _now(tx) - _OVERLAP
+        deciding = any(p.recipient in (Role.TRIGGER_MANAGER, Role.WORKFLOW_MANAGER) for p in counts.pending)
+        nothing_left = not deciding and not any(counts.runs[state] for state in ACTIVE_STATES)
+
+
+def _now(tx: Tx) -> datetime:
+    now: datetime = tx.all("SELECT now() AS now")[0].now
+    return now
 
 
 # --- cancel, retry ---
