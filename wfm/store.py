@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -160,6 +161,10 @@ _RUN_SETS = {
 }
 
 
+_sql = lru_cache(maxsize=512)(text)
+"""Statements are constants: each is parsed once."""
+
+
 def encode(value: object) -> str:
     """JSON text of rows for ``jsonb_to_recordset``."""
     return msgspec.json.encode(value).decode()
@@ -181,11 +186,11 @@ class Tx:
 
     def all(self, sql: str, **params: Any) -> Sequence[Any]:
         """All rows of a statement."""
-        return self.conn.execute(text(sql), params).all()
+        return self.conn.execute(_sql(sql), params).all()
 
     def run(self, sql: str, **params: Any) -> int:
         """The number of rows a statement changed."""
-        return self.conn.execute(text(sql), params).rowcount
+        return self.conn.execute(_sql(sql), params).rowcount
 
     # --- runs ---
 
@@ -207,7 +212,7 @@ class Tx:
         return self._load_runs(f"WHERE {where} ORDER BY r.id LIMIT {limit:d}", **params)
 
     def _load_runs(self, clause: str, **params: Any) -> dict[int, RunRow]:
-        rows = self.conn.execute(text(_RUN_SELECT + clause), params).mappings()
+        rows = self.conn.execute(_sql(_RUN_SELECT + clause), params).mappings()
         return {row["id"]: msgspec.convert(dict(row), RunRow, strict=False) for row in rows}
 
     def move(self, moves: Sequence[Move]) -> tuple[dict[int, RunRow], dict[int, RefusedError]]:
@@ -506,7 +511,7 @@ class Tx:
         if not wanted:
             return []
         rows = self.conn.execute(
-            text(
+            _sql(
                 """
                 WITH picked AS MATERIALIZED (
                     SELECT t.id FROM unnest(CAST(:kinds AS text[]), CAST(:counts AS int[])) AS k(kind, n)
@@ -619,7 +624,7 @@ def insert_events(conn: Connection, rows: Sequence[Mapping[str, Any]], republish
     if not rows:
         return []
     return conn.execute(
-        text(
+        _sql(
             """
             INSERT INTO event
                 (location_id, type, recipient, body, run_id, run_version, actor, reason, publish_at, done_at)
@@ -700,7 +705,6 @@ def connect(url: str, schema: str) -> Engine:
         url,
         pool_size=4,
         max_overflow=8,
-        pool_pre_ping=True,
         isolation_level="READ COMMITTED",
         json_serializer=lambda v: msgspec.json.encode(v).decode(),
         json_deserializer=msgspec.json.decode,

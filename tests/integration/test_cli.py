@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +24,9 @@ from click.testing import CliRunner, Result
 
 from tests.harness import PROGRAM, wait_until
 from tests.services import Servers
+from wfm import views
 from wfm.cli import wfm
-from wfm.embedded import Daemon
+from wfm.embedded import Daemon, Embedded
 
 PREFIXES = ("WFM_", "CCAT_", "ENV_FOR_DYNACONF")
 PROGRAMS = Path(sys.executable).parent
@@ -42,20 +49,28 @@ class Cli:
     def json(self, *words: object, **more: Any) -> Any:
         return json.loads(self(*words, "--json", **more).stdout)
 
-    def start(self, *words: object, program: str = "wfm", **environ: str) -> subprocess.Popen[str]:
+    def start(
+        self,
+        *words: object,
+        program: str = "wfm",
+        cwd: Path | None = None,
+        stdout: int = subprocess.PIPE,
+        **environ: str,
+    ) -> subprocess.Popen[str]:
         """In a process of its own."""
         inherited = {k: v for k, v in os.environ.items() if k not in self.hidden}
         return subprocess.Popen(
             [PROGRAMS / program, *map(str, words)],
             env={**inherited, **self.environ, **environ},
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def process(self, *words: object, code: int = 0, program: str = "wfm", **environ: str) -> str:
-        with self.start(*words, program=program, **environ) as process:
+    def process(self, *words: object, code: int = 0, **more: Any) -> str:
+        with self.start(*words, **more) as process:
             out, err = process.communicate(timeout=120)
         assert process.returncode == code, (words, process.returncode, out, err)
         return out
@@ -258,6 +273,19 @@ def test_postgres_out_of_reach(nothing: Cli) -> None:
     assert "Traceback" in said
 
 
+def test_a_defect_is_one_line_unless_it_is_asked_for_more(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("somewhere deep inside")
+
+    monkeypatch.setattr(views, "runs", broken)
+    said = cli("runs", "list", code=1).stderr
+    assert said.startswith("error: ZeroDivisionError: somewhere deep inside\n")
+    assert "Traceback" not in said
+    assert "in broken" in cli("--debug", "runs", "list", code=1).stderr
+    assert "in broken" in cli("runs", "list", code=1, WFM_LOG_LEVEL="DEBUG").stderr
+    logging.getLogger().setLevel(logging.WARNING)
+
+
 def test_a_pipe_that_is_closed_is_no_error(nothing: Cli) -> None:
     with nothing.start("charts", "show") as process:
         assert process.stdout is not None
@@ -316,8 +344,11 @@ def test_up_status_down(tmp_path: Path) -> None:
     cli = Cli(environ(home))
     assert "down" in cli("status", code=1).stdout
     assert cli.json("status", code=1)["counts"] is None
+    # The roles find the same home and the same program, wherever `up` was started and however the home was given.
+    (tmp_path / "queue.py").write_text("raise SystemExit('this is not the queue of Python')")
+    elsewhere = Cli({**environ(home), "WFM_HOME": "", "CCAT_WORKFLOW_MANAGER_HOME": "home"})
     try:
-        cli.process("up")
+        elsewhere.process("up", cwd=tmp_path)
         first = cli.json("status")
         assert first["running"]
         assert [r["name"] for r in first["roles"]] == [
@@ -390,8 +421,6 @@ def test_doctor_leaves_no_key_in_redis(cli: Cli, home: Path) -> None:
 
 
 def valkey_socket(cli: Cli) -> Path:
-    from wfm.embedded import Embedded
-
     return Embedded(Path(cli.environ["WFM_HOME"])).status()["valkey"].socket
 
 
@@ -524,6 +553,21 @@ def test_what_was_made_can_be_looked_at(processed: Cli) -> None:
     assert {(c["pipeline"], c["step"]): c["states"]["covered"] for c in status["coverage"]}["demo", "combine"] == 1
 
 
+def test_a_narrow_terminal_cuts_nothing(processed: Cli) -> None:
+    (last,) = processed.json("runs", "list", "--limit", 1)
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    shown = b""
+    with processed.start("runs", "list", "--limit", 1, stdout=end):
+        os.close(end)
+        with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
+            while block := os.read(terminal, 4096):
+                shown += block
+    os.close(terminal)
+    assert "\x1b[" in shown.decode()
+    assert last["unit"] in shown.decode()
+
+
 def test_watch_cancel_and_retry(processed: Cli) -> None:
     processed("trigger", "slow")
     run = wait_until(
@@ -604,13 +648,14 @@ def test_events_are_listed_followed_and_verified(processed: Cli) -> None:
     processed("events", "list", "--after", "nonsense", code=2)
 
 
-def test_what_redis_was_not_told_is_in_the_ledger(processed: Cli, tmp_path: Path) -> None:
-    from wfm.embedded import Embedded
+def without_redis(cli: Cli, tmp_path: Path) -> dict[str, str]:
+    """Settings with the same database, and a Redis that is away."""
+    database_url = Embedded(Path(cli.environ["WFM_HOME"])).database_url
+    return {"WFM_DATABASE_URL": database_url, "WFM_REDIS_URL": f"unix://{tmp_path}/nobody.sock"}
 
-    away = {
-        "WFM_DATABASE_URL": Embedded(Path(processed.environ["WFM_HOME"])).database_url,
-        "WFM_REDIS_URL": f"unix://{tmp_path}/nobody.sock",
-    }
+
+def test_what_redis_was_not_told_is_in_the_ledger(processed: Cli, tmp_path: Path) -> None:
+    away = without_redis(processed, tmp_path)
     cursor = processed.json("events", "list", "--limit", 1)["cursor"]
     said = processed("pause", "slow", "--reason", "Redis is away", **away)
     assert "warning: committed, but Redis cannot be told now" in said.stderr
@@ -626,11 +671,13 @@ def test_what_redis_was_not_told_is_in_the_ledger(processed: Cli, tmp_path: Path
     processed("resume", "slow")
 
 
-def test_dead_letters(processed: Cli) -> None:
+def test_dead_letters(processed: Cli, tmp_path: Path) -> None:
     with redis.Redis(unix_socket_path=str(valkey_socket(processed))) as client:
         client.xadd("wfm:{1}:data.arrived", {"event": "this is no JSON"})
     (letter,) = wait_until(lambda: processed.json("events", "dead", "list"))
     assert processed.json("events", "dead", "show", letter["id"])["text"] == "this is no JSON"
+    processed("events", "dead", "resend", letter["id"], code=1, **without_redis(processed, tmp_path))
+    assert processed.json("events", "dead", "list") == [letter]
     processed("events", "dead", "resend", letter["id"])
     (second,) = wait_until(lambda: processed.json("events", "dead", "list"))
     assert second["id"] != letter["id"]

@@ -382,9 +382,10 @@ def test_when_the_job_has_started_nothing_is_changed(full: Archive, mark: str) -
     assert snapshot(full.attempt) == before
 
 
-def test_the_directory_of_another_job_is_refused(full: Archive) -> None:
+@pytest.mark.parametrize("mark", ["claim", "exit.json"])
+def test_the_directory_of_another_job_is_refused(full: Archive, mark: str) -> None:
     full.stage()
-    (full.attempt / "claim").mkdir()
+    (full.attempt / mark).mkdir()
     before = snapshot(full.attempt)
     with pytest.raises(WfmError, match="other inputs or another configuration") as error:
         stage(full.plan({"threshold": 5}), AUTO)
