@@ -180,10 +180,14 @@ def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
 
 
 def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
-    """By run, the raw data files of steps that depend on no other, as the pinned generation had them."""
+    """By run, the raw data files of steps that depend on no other, as the pinned generation had them.
+
+    Raises:
+        InputError: a package was registered with other content since.
+    """
     rows = tx.all(
         """
-        SELECT r.id, p.name AS package, f.name, f.size, f.checksum, c.roots
+        SELECT r.id, p.name AS package, p.item <> m.item AS changed, f.name, f.size, f.checksum, c.roots
         FROM run r
         JOIN unit_member m ON m.unit_id = r.unit_id AND m.added <= r.generation
             AND (m.removed IS NULL OR m.removed > r.generation)
@@ -199,6 +203,8 @@ def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
     )
     found: dict[int, list[InputFile]] = defaultdict(list)
     for r in rows:
+        if r.changed:
+            raise InputError(f"package {r.package} was registered with other content after run {r.id} was made")
         places = tuple(os.path.join(root, path, r.name) for root, path in r.roots or ())
         found[r.id].append(InputFile(package=r.package, name=r.name, size=r.size, checksum=r.checksum, sources=places))
     return found

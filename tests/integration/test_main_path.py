@@ -191,6 +191,65 @@ def test_cancel_stops_the_job_and_is_confirmed_and_blocks_until_asked(world):
         world.assert_quiet()
 
 
+def test_cancelling_before_anything_was_staged_needs_no_job(world):
+    world.pipeline("p", ONE)
+    with world.roles(Role.TRIGGER_MANAGER, Role.WORKFLOW_MANAGER):
+        world.register(world.package("a"))
+        wait_until(lambda: world.states()["one", "STAGING_DATA"] == 1)
+    (run,) = world.runs()
+    world.act(lambda tx: acts.cancel_runs(tx, [run.id], ACTOR))
+    assert world.states() == {("one", "CANCELLING"): 1}
+    with world.roles():
+        wait_until(lambda: world.states()["one", "CANCELLED"] == 1)
+        world.assert_quiet()
+    assert not world.executions()
+
+
+def test_a_job_that_vanished_is_fenced_and_repeated_after_a_grace_period(world):
+    world.environ |= {"WFM_VANISH_GRACE_SECONDS": "0.5"}
+    world.config("c", seconds=600)
+    world.pipeline("p", [{**ONE[0], "config": "c", "max_retries": 1}])
+    with world.roles():
+        world.register(world.package("a"))
+        wait_until(lambda: world.states()["one", "RUNNING"] == 1 and world.ledger.read_text())
+        supervisor = int(world.runs()[0].handle.split(":")[0])
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(lambda: world.runs()[0].attempt == 2 and len(world.executions()) == 2)
+        reasons = world.query("SELECT message FROM run")
+        assert "vanished" in reasons[0].message
+        world.act(lambda tx: acts.cancel_runs(tx, [world.runs()[0].id], ACTOR))
+        wait_until(lambda: world.states()["one", "CANCELLED"] == 1)
+    done_once(world)
+    world.assert_history()
+
+
+def test_a_run_whose_task_and_message_are_gone_is_found_by_looking_again(world):
+    world.pipeline("p", ONE)
+    with world.roles(Role.TRIGGER_MANAGER, Role.WORKFLOW_MANAGER):
+        world.register(world.package("a"))
+        wait_until(lambda: world.states()["one", "STAGING_DATA"] == 1)
+    world.query("DELETE FROM task WHERE run_id IS NOT NULL RETURNING 1")
+    world.query("UPDATE event SET done_at = now() RETURNING 1")
+    world.query("UPDATE run SET look_again_at = now() RETURNING 1")
+    with world.roles():
+        wait_until(lambda: world.all_covered(1))
+    assert done_once(world) == 1
+
+
+def test_a_package_that_changes_under_a_built_run_is_not_taken_for_the_old_one(world):
+    world.pipeline("p", ONE)
+    with world.roles(Role.TRIGGER_MANAGER, Role.WORKFLOW_MANAGER):
+        world.register(world.package("a"))
+        wait_until(lambda: world.states()["one", "STAGING_DATA"] == 1)
+    world.register(world.package("a", "changed\n"))
+    with world.roles():
+        wait_until(lambda: world.all_covered(1))
+    first, second = world.runs()
+    assert (first.state, second.state) == ("FAILED", "COMPLETED")
+    assert "other content" in first.message
+    assert done_once(world) == 1
+
+
 def test_pausing_starts_nothing_and_resuming_goes_on(world):
     world.pipeline("p", ONE)
     world.act(lambda tx: acts.pause(tx, "p", None, ACTOR))
