@@ -88,7 +88,9 @@ def measure(directory: Path, runs: int) -> dict[str, Any]:
         step = {"name": "one", "software": "nothing", "group_by": ["raw_data_package"]}
         world.pipeline("bench", [{**step, "resources": {"cpu": 0.05, "memory_gb": 0.01}}])
         processes = {role: world.spawn(role) for role in Role}
-        wait_until(lambda: len(world.query("SELECT 1 FROM task WHERE run_id IS NULL")) == 2, what="the roles are at work")
+        wait_until(
+            lambda: len(world.query("SELECT 1 FROM task WHERE run_id IS NULL")) == 2, what="the roles are at work"
+        )
         time.sleep(5.0)
         before = {r: cpu_seconds(p.pid) for r, p in processes.items()}
         time.sleep(10.0)

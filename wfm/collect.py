@@ -82,7 +82,7 @@ def collect(
     Args:
         directory: the attempt's.
         final: no other step depends on this one.
-        alive: turns false when the work is no longer ours; asked before every file and every megabyte.
+        alive: turns false when the work is no longer ours; asked for every megabyte read.
         progress: is told the numbers of bytes hashed.
 
     Raises:
@@ -99,7 +99,6 @@ def collect(
         _protect(directory, files)
         products = []
         for file in files:
-            watch.check()
             checksum = _checksum(file, watch)
             metrics, remarks = _metrics(file)
             products.append(Product(file.type, file.path, file.size, checksum, metrics))

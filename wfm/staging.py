@@ -94,7 +94,7 @@ def stage(
     A complete one stays as it is; so does one whose job has started.
 
     Args:
-        alive: turns false when the work is no longer ours; asked before every file and every megabyte.
+        alive: turns false when the work is no longer ours; asked for every megabyte read, and before the end.
         progress: is told the numbers of bytes verified.
 
     Raises:
@@ -213,7 +213,6 @@ def _place_all(
     placed: list[tuple[Input, str, How]] = []
     lost: list[_Search] = []
     for search in searches:
-        watch.check()
         if copy := _place(search, directory, workshop, watch):
             placed.append((search.item, *copy))
         else:

@@ -1251,7 +1251,10 @@ def _closure(conn: Connection, seeds: Sequence[int], along: str, to: str) -> lis
 def _load(
     conn: Connection, root: _Key, up: Sequence[int], down: Sequence[int]
 ) -> tuple[dict[_Key, LineageNode], list[_Arrow]]:
-    """These runs with what they read and made, in four statements."""
+    """These runs with what they read and made, in four statements.
+
+    Arrows may come from runs that are not among these; nothing leads to such from the root.
+    """
     runs = sorted({*up, *down})
     nodes: dict[_Key, LineageNode] = {}
     arrows: list[_Arrow] = []
@@ -1277,11 +1280,11 @@ def _load(
     for d in _all(
         conn,
         """
-        SELECT id, run_id AS run, type, path, size, checksum, metrics, superseded_by, created_at FROM data_product
-        WHERE run_id = ANY(:down) OR (run_id = ANY(:up) AND (type = 'INTERMEDIATE' OR id = :root))
-        ORDER BY path, id
+        SELECT id, run_id AS run, type, path, size, checksum, metrics, superseded_by, created_at
+        FROM data_product JOIN unnest(CAST(:runs AS bigint[])) AS w(run) ON run_id = w.run
+        WHERE type = 'INTERMEDIATE' OR run_id = ANY(:down) OR id = :root ORDER BY path, id
         """,
-        up=up,
+        runs=runs,
         down=down,
         root=root[1] if root[0] is LineageKind.PRODUCT else None,
     ):
@@ -1300,8 +1303,7 @@ def _load(
     for i in _all(
         conn,
         """
-        SELECT run_id, upstream_run_id FROM run_input
-        WHERE run_id = ANY(:runs) AND upstream_run_id = ANY(:runs) ORDER BY run_id, upstream_run_id
+        SELECT run_id, upstream_run_id FROM run_input WHERE run_id = ANY(:runs) ORDER BY run_id, upstream_run_id
         """,
         runs=runs,
     ):

@@ -343,6 +343,8 @@ def test_up_status_down(tmp_path: Path) -> None:
     home = tmp_path / "home"
     cli = Cli(environ(home))
     assert "down" in cli("status", code=1).stdout
+    assert "nothing ran" in cli("down").stdout
+    assert not home.exists()
     assert cli.json("status", code=1)["counts"] is None
     # The roles find the same home and the same program, wherever `up` was started and however the home was given.
     (tmp_path / "queue.py").write_text("raise SystemExit('this is not the queue of Python')")
@@ -648,7 +650,7 @@ def test_events_are_listed_followed_and_verified(processed: Cli) -> None:
     processed("events", "list", "--after", "nonsense", code=2)
 
 
-def without_redis(cli: Cli, tmp_path: Path) -> dict[str, str]:
+def without_redis(cli: Cli, tmp_path: Path) -> dict[str, Any]:
     """Settings with the same database, and a Redis that is away."""
     database_url = Embedded(Path(cli.environ["WFM_HOME"])).database_url
     return {"WFM_DATABASE_URL": database_url, "WFM_REDIS_URL": f"unix://{tmp_path}/nobody.sock"}

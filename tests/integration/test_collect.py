@@ -340,13 +340,11 @@ def test_empty_files_are_allowed(attempt: Attempt) -> None:
 def test_a_file_that_still_changes_is_not_accepted(attempt: Attempt) -> None:
     attempt.write("output/science/one.fits", b"x" * 3_000_000)
     growing = attempt.write("output/science/two.fits", b"x" * 3_000_000)
-
-    def grow(_: int) -> None:
-        with growing.open("ab") as file:
-            file.write(b"x")
-
-    with pytest.raises(UnavailableError, match=r"two\.fits: changed while it was read"):
-        attempt.collect(progress=grow)
+    with (
+        growing.open("ab", buffering=0) as file,
+        pytest.raises(UnavailableError, match=r"two\.fits: changed while it was read"),
+    ):
+        attempt.collect(progress=lambda _: file.write(b"x"))
 
 
 def test_without_the_lease_it_stops(attempt: Attempt) -> None:

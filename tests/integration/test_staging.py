@@ -324,7 +324,7 @@ def test_without_the_lease_nothing_is_completed(full: Archive) -> None:
         assert not (full.attempt / ".staging").exists()
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 5, 6, 8])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
 def test_one_that_was_thought_dead_cannot_meddle(full: Archive, number: int) -> None:
     """Frozen at some moment, thawed when another worker has staged and the job runs."""
     frozen, thaw = threading.Event(), threading.Event()
@@ -449,7 +449,9 @@ def test_a_good_copy_is_used_instead_of_a_bad_one(archive: Archive, caplog: pyte
     (record,) = json.loads((archive.attempt / jobs.STAGED).read_bytes())
     assert record["source"] == str(good)
     text = (archive.attempt / jobs.STAGING_LOG).read_text()
-    assert all(str(p) in text for p in (evil, short, folder))
+    assert f"{evil} has sha256:" in text
+    assert f"{short} has 0 bytes instead of 4" in text
+    assert f"{folder} is not a regular file" in text
     assert str(evil) in caplog.text
 
 
@@ -531,10 +533,16 @@ def test_raw_data_is_not_touched(full: Archive) -> None:
     ]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root is never given links")
-def test_root_gets_no_links(archive: Archive) -> None:
-    archive.add("scan1", "raw.fits", b"x").chmod(0o444)
-    assert archive.stage().linked == 0
+def test_root_gets_no_links(mounted: Callable[..., Path], tmp_path: Path) -> None:
+    """Not even to what others own on a file system that is mounted read-only, just now."""
+    place = mounted("-t", "tmpfs", "-o", "size=10m", "wfm-test")
+    archive = Archive(place)
+    raw = archive.add("scan1", "raw.fits", b"x")
+    for path in (raw, raw.parent):
+        os.chown(path, 65534, 65534)
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    archive.base = tmp_path / "base"
+    assert archive.stage().copied == 1
 
 
 UNPRIVILEGED = """
@@ -730,7 +738,7 @@ def test_what_is_there_already_needs_no_space(archive: Archive, mounted: Callabl
     archive.base = mounted("-t", "tmpfs", "-o", "size=10m", "wfm-test")
     archive.add("scan1", "raw.fits", b"x" * 6_000_000)
     with pytest.raises(UnavailableError):
-        archive.stage(COPY, alive=interrupt_at(8))
+        archive.stage(COPY, alive=interrupt_at(7))
     assert archive.stage(COPY).copied == 1
 
 
@@ -739,7 +747,7 @@ def test_who_is_held_gives_back_what_he_has(archive: Archive, mounted: Callable[
     for n in range(3):
         archive.add(f"scan{n}", "raw.fits", b"x" * 2_000_000)
     with pytest.raises(UnavailableError):
-        archive.stage(COPY, alive=interrupt_at(5))
+        archive.stage(COPY, alive=interrupt_at(4))
     assert (archive.attempt / "input/scan0/raw.fits").exists()
     with pytest.raises(HeldError, match=r"needs 0\.004 GB"):
         archive.stage(StagingPolicy("copy", 8_000_000))

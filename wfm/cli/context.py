@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,8 +58,12 @@ class Time(click.ParamType[Any]):
 
 
 def actor(reason: str = "") -> Actor:
-    """The person at the keyboard."""
-    return Actor(f"user:{getpass.getuser()}", reason)
+    """The person at the keyboard; by number where the user has no name, as in some containers."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = str(os.getuid())
+    return Actor(f"user:{name}", reason)
 
 
 def split(target: str) -> tuple[str, str | None]:
@@ -75,6 +80,8 @@ def full_key(tx: Tx, pipeline: str, unit: str | None) -> str | None:
     Raises:
         UsageError: it fits several.
     """
+    if unit is None:
+        return None
     rows = tx.all(
         """
         SELECT DISTINCT u.key FROM unit u JOIN pipeline p ON p.id = u.pipeline_id
@@ -84,7 +91,7 @@ def full_key(tx: Tx, pipeline: str, unit: str | None) -> str | None:
         unit=unit,
     )
     keys = [r.key for r in rows]
-    if unit is None or unit in keys or not keys:
+    if unit in keys or not keys:
         return unit
     if len(keys) > 1:
         raise UsageError(f"several units of {pipeline} are named {unit!r}: {', '.join(keys)}")

@@ -268,6 +268,9 @@ def down() -> None:
 
     settings = context.load_settings()
     home = settings.home
+    if not home.exists():
+        click.echo(f"nothing ran in {home}")
+        return
     with lock(home):
         roles = [daemon for _, daemon in _daemons(home)]
         with ThreadPoolExecutor(max(len(roles), 1)) as pool:
