@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from wfm.errors import NotFoundError, RefusedError
 from wfm.events import ENTRANCES, TYPES, DataArrived, Message, PipelineChanged
+from wfm.grouping import unknown
 from wfm.model import Actor, Role
 from wfm.roles import next_attempt
 from wfm.store import Move, RunRow, Tx
@@ -81,7 +82,8 @@ def _pipeline(tx: Tx, name: str, step: str | None = None) -> Any:
         step=step or "",
     )
     if not rows:
-        raise NotFoundError(f"no such pipeline: {name!r}; see `wfm get pipeline`")
+        known = tx.all("SELECT name FROM pipeline WHERE deleted_at IS NULL ORDER BY name")
+        raise NotFoundError(unknown("pipeline", name, [p.name for p in known]))
     if step and rows[0].step_id is None:
         raise NotFoundError(f"pipeline {name!r} has no step {step!r}; see `wfm get pipeline {name}`")
     return rows[0]

@@ -303,9 +303,8 @@ class Service:
             if entries:
                 self._consumed.clear()
                 self.inbox.put(_Messages(entries))
-                while not self._consumed.wait(1.0):
-                    if self.stopping.is_set():
-                        return
+                while not self._consumed.wait(1.0) and not self.stopping.is_set():
+                    pass
 
     # --- the end ---
 
@@ -314,16 +313,16 @@ class Service:
         self.work.stop()
         deadline = time.monotonic() + GRACE_SECONDS
         try:
-            while time.monotonic() < deadline and (self.work.busy or not self.inbox.empty()):
-                outcomes = []
+            # The reader's last read may still bring messages; unread here, they would wait for somebody to claim them.
+            while time.monotonic() < deadline and (self.work.busy or self._reader.is_alive() or not self.inbox.empty()):
                 try:
-                    item = self.inbox.get(timeout=0.2)
-                    if isinstance(item, Outcome):
-                        outcomes.append(item)
+                    item = self.inbox.get(timeout=0.1)
                 except queue.Empty:
                     continue
-                if outcomes:
-                    self._settle(outcomes)
+                if isinstance(item, Outcome):
+                    self._settle([item])
+                elif isinstance(item, _Messages):
+                    self._consume(item.entries)
             if self.work.busy:
                 self._transact(self.work.hand_back)
             self.bus.leave()

@@ -1,6 +1,6 @@
 """Last step, once for all scans: line maps to science cubes, statistics, a quality report and an overview plot.
 
-``science/iris_OBSID_LINE.fits`` holds, per quantity, the cube (scan, step, slit pixel) and its mean over the scans, and
+``science/iris_OBSID_LINE.fits`` holds, per quantity, the cube (scan, step, slit pixel) and, but for errors, its mean over the scans, and
 the table of the times; ``statistics/statistics.json`` what `statistics` computes; ``qa/quality.json`` the quality
 of every scan with what deserves a look; ``plots/overview.png`` one page to see it all.
 
@@ -234,7 +234,8 @@ def science_product(scans: list[Scan], line: Line) -> fits.HDUList:
     product = fits.HDUList([fits.PrimaryHDU(header=primary)])
     for key, cube in line.cubes.items():
         header = line.headers[key].copy()
-        product.append(fits.ImageHDU(mean_over_scans(cube).astype(np.float32), header, name=f"MEAN {key}"))
+        if not key.endswith("_ERROR"):  # the mean of errors is not the error of the mean
+            product.append(fits.ImageHDU(mean_over_scans(cube).astype(np.float32), header, name=f"MEAN {key}"))
         header["CTYPE3"], header["CRPIX3"], header["CRVAL3"], header["CDELT3"] = "SCAN", 1.0, 1.0, 1.0
         product.append(fits.ImageHDU(cube.astype(np.float32), header, name=key))
     times = np.stack([scan.times for scan in scans])
