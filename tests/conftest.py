@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import redis
 
 from tests.services import Servers
 from wfm import migrations
@@ -57,10 +58,18 @@ def _redis_7(directory: Path) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 20
-        while not socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        yield f"unix://{socket}?db=0"
+        url = f"unix://{socket}?db=0"
+        with redis.Redis.from_url(url) as client:
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    client.ping()
+                    break
+                except redis.ConnectionError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
+        yield url
     finally:
         process.terminate()
         process.wait(timeout=20)

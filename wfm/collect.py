@@ -21,7 +21,6 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import FileIO
 from pathlib import PurePosixPath
@@ -41,7 +40,6 @@ METRICS_BYTES = 1_000_000
 
 _PASSED_OVER = re.compile(r"\.(?!z(array|attrs|group|metadata)\Z)|.*(~|\.tmp|\.part)\Z", re.DOTALL)  # those make a Zarr
 _UNFIT_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates stand for what is not UTF-8
-_SYNC_THREADS = 8
 
 
 class Product(Struct, frozen=True):
@@ -285,8 +283,7 @@ def _protect(directory: str, files: Sequence[_File]) -> None:
                 os.chmod(file.real, 0o444)
     folders = {os.path.join(directory, p) for f in files for p in PurePosixPath(f.path).parents}
     try:
-        with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # many at a time share the commits of the file system
-            list(pool.map(runjob.sync_directory, [*(f.real for f in files), *folders]))
+        jobs.sync_all([*(f.real for f in files), *folders])
     except OSError as error:
         if error.filename is not None:  # it was not even opened
             raise

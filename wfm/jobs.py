@@ -18,9 +18,11 @@ at ``/workflow``:
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from wfm.backends import runjob
 from wfm.errors import InputError, UnavailableError, UsageError
 from wfm.model import PRODUCT_DIRECTORIES, JobSpec, Resources
 
@@ -348,6 +351,29 @@ def listed(texts: Sequence[str], separator: str = ", ") -> str:
     """Many things in one message; of very many, the first ones and how many more there are."""
     more = [f"and {len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
     return separator.join([*texts[:_LISTED], *more])
+
+
+# --- the disk ---
+
+_syncers = ThreadPoolExecutor(8, thread_name_prefix="sync")
+
+
+def _renew_syncers() -> None:
+    """A forked process has the pool, but none of its threads."""
+    global _syncers  # noqa: PLW0603
+    _syncers = ThreadPoolExecutor(8, thread_name_prefix="sync")
+
+
+os.register_at_fork(after_in_child=_renew_syncers)
+
+
+def sync_all(paths: Iterable[str]) -> None:
+    """Make files and directories durable; many at a time, so that they share the commits of the file system.
+
+    Raises:
+        OSError: of the first that the disk did not keep.
+    """
+    list(_syncers.map(runjob.sync_directory, paths))
 
 
 # --- checksums ---

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from wfm.collect import Collected, collect
 from wfm.config import Settings
 from wfm.decide import MoveFacts, Verdict, backoff, judge
 from wfm.errors import HeldError, InputError, OutputError, UnavailableError
-from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan
+from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan, attempt_directory
 from wfm.model import Actor, FailureClass, JobRef, JobSpec, JobStatus, Report, Resources, Role, RunState, TaskKind
 from wfm.staging import StagingPolicy, stage
 from wfm.store import Move, RunRow, TaskRow, Tx, encode, failed
@@ -484,10 +484,10 @@ class Purge(_Base):
 
     def prepare(self, tx: Tx, tasks: Sequence[TaskRow]) -> Mapping[int, list[str]]:
         runs = _runs_of(tx, tasks, RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED)
-        base = Path(self.settings.pipeline_base_dir)
+        base = str(self.settings.pipeline_base_dir)
         return {
             task: [
-                str(base / run.pipeline / run.step / run.unit / f"r{run.id}-a{n}") for n in range(1, run.attempt + 1)
+                attempt_directory(base, run.pipeline, run.step, run.unit, run.id, n) for n in range(1, run.attempt + 1)
             ]
             for task, run in runs.items()
         }
@@ -495,7 +495,8 @@ class Purge(_Base):
     def perform(self, work: Sequence[list[str]], alive: Callable[[], bool]) -> Sequence[Any]:
         for directories in work:
             for directory in directories:
-                shutil.rmtree(directory, ignore_errors=not os.path.exists(directory))
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(directory)
         return [None] * len(work)
 
     def succeeded(self, tx: Tx, runs: Mapping[int, RunRow], outcomes: Sequence[Outcome]) -> Sequence[Move]:

@@ -26,6 +26,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.types import UserDefinedType
 
 from wfm.model import FINAL_STATES, CoverageState, ProductType, RunState, TriggerType, VersionPolicy
@@ -48,6 +49,9 @@ class Xid8(UserDefinedType[int]):
 
     def get_col_spec(self, **_: object) -> str:
         return "XID8"
+
+
+ischema_names["xid8"] = Xid8  # for reflection, which compares a database with these tables
 
 
 def _id() -> Column[int]:

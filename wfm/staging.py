@@ -25,8 +25,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import BinaryIO, Literal
@@ -49,7 +48,6 @@ _FICLONE = 0x40049409  # linux/fs.h: share the extents of another file
 _NO_CLONES = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MISSING = (FileNotFoundError, NotADirectoryError)
-_SYNC_THREADS = 8
 
 
 class StagingPolicy(Struct, frozen=True):
@@ -376,7 +374,7 @@ def _seal(
 ) -> list[StagedInput]:
     """Make everything durable, and say so with the manifest."""
     directory = plan.spec.directory
-    _sync(os.path.join(directory, item.path) for item, _, how in placed if how != "link")
+    jobs.sync_all(os.path.join(directory, item.path) for item, _, how in placed if how != "link")
     staged = []
     for item, source, how in placed:
         seen = os.stat(os.path.join(directory, item.path))
@@ -384,9 +382,9 @@ def _seal(
             StagedInput(item.path, source, how, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, item.checksum)
         )
     _write(os.path.join(directory, jobs.STAGED), _json(msgspec.to_builtins(staged)), workshop)
-    _sync(_directories(plan, staged))
+    jobs.sync_all(_directories(plan, staged))
     _write(os.path.join(directory, jobs.MANIFEST), document, workshop)
-    _sync([os.path.join(directory, jobs.CONFIG)])
+    jobs.sync_all([os.path.join(directory, jobs.CONFIG)])
     return staged
 
 
@@ -408,12 +406,6 @@ def _json(content: object) -> bytes:
 def _read(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
-
-
-def _sync(paths: Iterable[str]) -> None:
-    """Make files and directories durable; many at a time, so that they share the commits of the file system."""
-    with ThreadPoolExecutor(_SYNC_THREADS) as pool:
-        list(pool.map(runjob.sync_directory, paths))
 
 
 def _write(path: str, content: bytes, workshop: str) -> None:

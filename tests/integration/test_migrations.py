@@ -16,7 +16,6 @@ def empty(servers):
         yield url
 
 
-@pytest.mark.filterwarnings("ignore:Did not recognize type 'xid8'")
 @pytest.mark.parametrize("schema", ["wfm", "obs_wfm"])
 def test_upgrading_an_empty_database_gives_the_declared_tables_in_one_schema(empty, schema):
     engine = connect(empty, schema)

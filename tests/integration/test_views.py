@@ -475,7 +475,7 @@ def test_run_detail_lists_what_the_run_pinned(conn: Connection, night: Night) ->
 def test_run_detail_names_some_inputs_and_counts_all(
     conn: Connection, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views, "SHOWN", 1)
+    monkeypatch.setattr("wfm.views.run_lines.SHOWN", 1)
     combined = night.run("map", "ngc253", "PENDING", reads=[night.running, night.again])
     run = views.run_detail(conn, combined)
     assert (run.packages, run.packages_total) == (["p1"], 4)
@@ -1010,7 +1010,7 @@ def test_verify_holds_one_batch_in_memory(conn: Connection, night: Night, monkey
     with statements(conn) as cursors:
         views.verify(conn, CHARTS, batch=7)
     assert [c.name is not None for c in cursors] == [True]
-    monkeypatch.setattr(views, "MOST_FAULTS", 2)
+    monkeypatch.setattr("wfm.views.verification.MOST_FAULTS", 2)
     conn.execute(text("DELETE FROM transition"))
     report = views.verify(conn, CHARTS)
     assert (len(report.faults), report.faults_total, report.runs, report.transitions) == (2, 7, 7, 0)

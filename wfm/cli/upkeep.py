@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -285,9 +284,7 @@ def check(as_json: bool) -> None:
     with context.deployment() as d:
         schema = d.settings.database_schema
         found, newest = migrations.current(d.store.engine, schema), migrations.head()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Did not recognize type 'xid8'")  # SQLAlchemy does not know it yet
-            differences = migrations.differences(d.store.engine, schema) if found == newest else []
+        differences = migrations.differences(d.store.engine, schema) if found == newest else []
     if as_json:
         output.document({"schema": schema, "revision": found, "newest": newest, "differences": differences})
     else:

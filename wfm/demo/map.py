@@ -1,8 +1,8 @@
 """Last step, once for all scans: line maps to science cubes, statistics, a quality report and an overview plot.
 
-``science/iris_OBSID_LINE.fits`` holds, per quantity, the cube (scan, step, slit pixel) and, but for errors, its mean over the scans, and
-the table of the times; ``statistics/statistics.json`` what `statistics` computes; ``qa/quality.json`` the quality
-of every scan with what deserves a look; ``plots/overview.png`` one page to see it all.
+``science/iris_OBSID_LINE.fits`` holds, per quantity, the cube (scan, step, slit pixel) and, but for errors, its mean
+over the scans, and the table of the times; ``statistics/statistics.json`` what `statistics` computes;
+``qa/quality.json`` the quality of every scan with what deserves a look; ``plots/overview.png`` one page to see it all.
 
 Everything is a function of the inputs alone: the same inputs leave the same bytes.
 """

@@ -1,0 +1,95 @@
+"""Every read that people make: set-based SQL in, frozen structs out.
+
+A question costs a fixed number of statements, however many rows it touches. Answers become JSON through
+`msgspec.to_builtins`; all times are aware and in UTC. Statements name tables without a schema, so the connection's
+search path decides. A name that does not exist is a `NotFoundError` that gives the nearest one.
+"""
+
+from wfm.views.coverage import (
+    CHANGE,
+    CoverageLine,
+    NotSelected,
+    PackageWhy,
+    RunBrief,
+    UpstreamUnit,
+    WhyLine,
+    coverage_summary,
+    why,
+    why_package,
+)
+from wfm.views.ledger import (
+    START,
+    DeadLetter,
+    DeadLetterLine,
+    DeadLetterState,
+    EventDetail,
+    EventLine,
+    EventPage,
+    dead_letter,
+    dead_letters,
+    event_detail,
+    events,
+)
+from wfm.views.lists import Counts, PackageLine, PendingLine, PipelineLine, StepLine, counts, packages, pipelines
+from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
+from wfm.views.run_lines import (
+    SHOWN,
+    ProductLine,
+    RunDetail,
+    RunLine,
+    RunRef,
+    TaskLine,
+    TransitionLine,
+    run_detail,
+    runs,
+)
+from wfm.views.verification import MOST_FAULTS, VerifyReport, verify
+
+__all__ = [
+    "CHANGE",
+    "MOST_FAULTS",
+    "SHOWN",
+    "START",
+    "Counts",
+    "CoverageLine",
+    "DeadLetter",
+    "DeadLetterLine",
+    "DeadLetterState",
+    "EventDetail",
+    "EventLine",
+    "EventPage",
+    "LineageKind",
+    "LineageNode",
+    "NotSelected",
+    "PackageLine",
+    "PackageWhy",
+    "PendingLine",
+    "PipelineLine",
+    "ProductLine",
+    "RunBrief",
+    "RunDetail",
+    "RunLine",
+    "RunRef",
+    "StepLine",
+    "TaskLine",
+    "TransitionLine",
+    "UpstreamUnit",
+    "VerifyReport",
+    "WhyLine",
+    "counts",
+    "coverage_summary",
+    "dead_letter",
+    "dead_letters",
+    "event_detail",
+    "events",
+    "lineage",
+    "mermaid",
+    "packages",
+    "pipelines",
+    "run_detail",
+    "runs",
+    "tree",
+    "verify",
+    "why",
+    "why_package",
+]

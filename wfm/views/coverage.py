@@ -1,0 +1,430 @@
+"""Why each unit has, or has not, been processed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from msgspec import Struct, structs
+from sqlalchemy import Connection, exists, literal, select, union_all
+
+from wfm import grouping
+from wfm.model import CoverageState, RunState, TriggerType, Why
+from wfm.store import WITHDRAWN
+from wfm.views.sql import (
+    _ACTIVE,
+    _OF_PIPELINE,
+    _PACKAGES,
+    _PIPELINES_HERE,
+    _STEPS,
+    _UNITS,
+    _all,
+    _asked,
+    _require,
+    _require_location,
+    _rows,
+)
+
+
+class RunBrief(Struct, frozen=True, kw_only=True):
+    """How a run stands."""
+
+    id: int
+    state: RunState
+    attempt: int
+    waiting_for: str
+    failure: str
+    exit_code: int | None
+    message: str
+
+
+class UpstreamUnit(Struct, frozen=True):
+    """One unit of an upstream step, and the run that failed there."""
+
+    step: str
+    unit: str
+    state: CoverageState
+    why: Why
+    run: int | None
+
+
+class WhyLine(Struct, frozen=True, kw_only=True):
+    """Why one (step, unit) is as it is, and what would change that.
+
+    Attributes:
+        accepted: the run that the present result rests on, also where newer input makes it stale.
+        due_at: when the trigger-manager looks again by itself.
+        active: the run on its way. failed: the last one that failed or was cancelled since the accepted one.
+        upstream_total, upstream_open: units of the steps it depends on; of these, not covered.
+        upstream: what holds it up, the first few: units not covered yet, or those where a failure began, which may
+            lie several steps up.
+        change: one sentence for people.
+    """
+
+    pipeline: str
+    step: str
+    unit: str
+    state: CoverageState
+    why: Why
+    reason: str
+    accepted: int | None
+    due_at: datetime | None
+    updated_at: datetime | None
+    active: RunBrief | None
+    failed: RunBrief | None
+    upstream_total: int = 0
+    upstream_open: int = 0
+    upstream: list[UpstreamUnit] = []
+    change: str = ""
+
+
+CHANGE: dict[Why, str] = {
+    Why.COVERED: "nothing needs to be done; new input, version or config makes it a gap again",
+    Why.RUN: "{run} goes on by itself{waiting}; `wfm runs watch` follows it, `wfm runs cancel` stops it",
+    Why.NEWER_INPUT: "when {run} has ended, the newer input, version or config gets a run of its own",
+    Why.UPSTREAM: "all upstream units must be covered, {open} of {total} are not: {upstream}",
+    Why.UPSTREAM_FAILED: "mend what stopped upstream: {upstream}",
+    Why.ARRIVALS: "the trigger-manager looks at it next; if it stays so, see `wfm health trigger-manager`",
+    Why.COOLDOWN: "a new run may start {due}",
+    Why.NO_COPY: "bring the named packages to a location with disk storage",
+    Why.NO_VERSION: "apply an active version that fits, or change the step's version policy",
+    Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`{cron}",
+    Why.PAUSED: "`wfm resume {paused}`",
+    Why.DISABLED: "{enable}",
+    Why.FAILED: "fix the cause, then `wfm runs retry {failed}`; or new input, version or config",
+    Why.CANCELLED: "`wfm runs retry {failed}`; or new input, version or config",
+    Why.EMPTY: "a raw data package that belongs to this unit",
+}
+"""What would change each reason; `_change` fills in the particulars."""
+
+_FIRST = 3
+
+# For a step s and its unit u: each step us it depends on, with the units l of us that lie in u.
+_BELOW = """
+JOIN step_dependency d ON d.step_id = s.id JOIN reduction_step us ON us.id = d.upstream_id
+JOIN LATERAL (
+    SELECT u.id, u.key WHERE us.dims = s.dims
+    UNION ALL SELECT lu.id, lu.key FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
+    WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l ON true
+"""
+_BRIEF = "r.id, r.state, r.attempt, r.waiting_for, r.failure, r.exit_code, r.message"
+# For a row of coverage c: the run that failed or was cancelled, of the wanted digest before others.
+_FAILED = f"""
+SELECT {_BRIEF} FROM run r
+WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.state IN ('FAILED', 'CANCELLED')
+    AND r.failure <> '{WITHDRAWN}' AND (r.wanted = c.wanted OR r.id > coalesce(c.run_id, 0))
+ORDER BY r.wanted = c.wanted DESC, r.id DESC LIMIT 1
+"""
+_PAIRS = "unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)"
+_UPSTREAM_UNIT = "jsonb_build_object('step', step, 'unit', unit, 'state', state, 'why', why, 'run', run)"
+_NEEDS_SOMEBODY_FIRST = [
+    CoverageState.BLOCKED,
+    CoverageState.HELD,
+    CoverageState.WAITING,
+    CoverageState.ACTIVE,
+    CoverageState.COVERED,
+    CoverageState.EMPTY,
+]
+
+
+class _Situation(WhyLine, frozen=True, kw_only=True):
+    step_id: int
+    unit_id: int
+    step_active: bool
+    pipeline_paused: bool
+    step_paused: bool
+    trigger: TriggerType
+
+
+def why(
+    conn: Connection,
+    *,
+    pipeline: str,
+    step: str | None = None,
+    unit: str | None = None,
+    location_id: int,
+    limit: int = 1000,
+) -> list[WhyLine]:
+    """The reason for the state of each (step, unit) of a pipeline, and what would change it.
+
+    Those that need somebody come first: blocked, held, waiting, active, covered, empty; then by step and unit. Units
+    that nobody has looked at yet are there too. A step that is no longer in the pipeline is shown when it is named.
+
+    Args:
+        step, unit: names; None for all.
+        limit: how many at most; `coverage_summary` counts all of them.
+
+    Raises:
+        NotFoundError: no such pipeline at this location, no such step or unit in it.
+    """
+    _require_location(conn, location_id)
+    _require(conn, "pipeline", pipeline, _PIPELINES_HERE, loc=location_id)
+    _require(conn, "step", step, _STEPS, pipeline=pipeline)
+    _require(conn, "unit", unit, _UNITS, pipeline=pipeline)
+    return _why(
+        conn,
+        f"""
+        p.name = :pipeline AND (s.active OR s.name = :step)
+        AND {_asked("s.name", "step")} AND {_asked("u.key", "unit")}
+        """,
+        limit,
+        loc=location_id,
+        pipeline=pipeline,
+        step=step,
+        unit=unit,
+    )
+
+
+def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLine]:
+    found = _rows(
+        conn,
+        _Situation,
+        f"""
+        SELECT p.name AS pipeline, s.name AS step, u.key AS unit, coalesce(c.state, 'waiting') AS state,
+            coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
+            coalesce(c.reason, 'the unit is known, but was not looked at yet') AS reason,
+            c.run_id AS accepted, c.due_at, c.updated_at,
+            (SELECT to_jsonb(a) FROM (SELECT {_BRIEF} FROM run r WHERE (r.step_id, r.unit_id) = (s.id, u.id)
+                AND r.state IN {_ACTIVE}) a) AS active,
+            (SELECT to_jsonb(f) FROM ({_FAILED}) f) AS failed,
+            s.id AS step_id, u.id AS unit_id, s.active AS step_active,
+            p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused, p.trigger_type AS trigger
+        FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
+        JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
+        LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (u.members > 0 OR c.step_id IS NOT NULL) AND {where}
+        ORDER BY array_position(CAST(:severity AS text[]), coalesce(c.state, 'waiting')), p.name, s.position, u.key
+        LIMIT :limit
+        """,
+        severity=[str(s) for s in _NEEDS_SOMEBODY_FIRST],
+        limit=limit,
+        **params,
+    )
+    waiting = [s for s in found if s.why in (Why.UPSTREAM, Why.UPSTREAM_FAILED)]
+    upstream = _upstream(conn, waiting)
+    origins = _origins(conn, [s for s in waiting if s.why is Why.UPSTREAM_FAILED])
+    lines = []
+    for s in found:
+        total, uncovered, first = upstream.get((s.step_id, s.unit_id), (0, 0, []))
+        first = origins.get((s.step_id, s.unit_id), first)
+        known = structs.replace(s, upstream_total=total, upstream_open=uncovered, upstream=first)
+        fields = {name: getattr(known, name) for name in WhyLine.__struct_fields__}
+        lines.append(WhyLine(**fields | {"change": _change(known)}))
+    return lines
+
+
+def _upstream(
+    conn: Connection, pairs: Sequence[_Situation]
+) -> dict[tuple[int, int], tuple[int, int, list[UpstreamUnit]]]:
+    """By pair: units it depends on, those not covered, and the first few of these, blocked ones before others."""
+    rows = _all(
+        conn,
+        f"""
+        SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE state <> 'covered') AS uncovered,
+            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE state <> 'covered' AND rank <= :first) AS first
+        FROM (
+            SELECT s.id AS step_id, u.id AS unit_id, us.name AS step, l.key AS unit, f.id AS run,
+                coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
+                row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.state IS NOT DISTINCT FROM 'covered',
+                    c.state IS NOT DISTINCT FROM 'blocked' DESC, us.position, l.key) AS rank
+            FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id {_BELOW}
+            LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
+            LEFT JOIN LATERAL ({_FAILED}) f ON c.state = 'blocked') z
+        GROUP BY step_id, unit_id
+        """,
+        steps=[p.step_id for p in pairs],
+        units=[p.unit_id for p in pairs],
+        first=_FIRST,
+    )
+    return {
+        (r["step_id"], r["unit_id"]): (
+            r["total"],
+            r["uncovered"],
+            msgspec.convert(r["first"] or [], list[UpstreamUnit]),
+        )
+        for r in rows
+    }
+
+
+def _origins(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], list[UpstreamUnit]]:
+    """By pair that waits for something that failed: the first few units where that began, however far up."""
+    rows = _all(
+        conn,
+        f"""
+        WITH RECURSIVE walk(for_step, for_unit, step_id, unit_id, why) AS (
+            SELECT q.step_id, q.unit_id, q.step_id, q.unit_id, 'upstream_failed' FROM {_PAIRS}
+            UNION
+            SELECT w.for_step, w.for_unit, us.id, l.id, c.why
+            FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id {_BELOW}
+            JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'blocked'
+            WHERE w.why = 'upstream_failed')
+        SELECT for_step, for_unit, jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) AS first
+        FROM (
+            SELECT w.for_step, w.for_unit, s.name AS step, u.key AS unit, c.state, c.why, f.id AS run,
+                row_number() OVER (PARTITION BY w.for_step, w.for_unit ORDER BY s.position, u.key) AS rank
+            FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id
+            JOIN coverage c ON (c.step_id, c.unit_id) = (w.step_id, w.unit_id)
+            LEFT JOIN LATERAL ({_FAILED}) f ON true
+            WHERE w.why <> 'upstream_failed') z
+        WHERE rank <= :first GROUP BY for_step, for_unit
+        """,
+        steps=[p.step_id for p in pairs],
+        units=[p.unit_id for p in pairs],
+        first=_FIRST,
+    )
+    return {(r["for_step"], r["for_unit"]): msgspec.convert(r["first"], list[UpstreamUnit]) for r in rows}
+
+
+def _change(s: _Situation) -> str:
+    """The sentence of `CHANGE` for this situation."""
+    paused = [s.pipeline] * s.pipeline_paused + [f"{s.pipeline}/{s.step}"] * s.step_paused
+    upstream = [f"run {u.run} ({u.step} {u.unit})" if u.run else f"{u.step} {u.unit} ({u.why})" for u in s.upstream]
+    return CHANGE[s.why].format(
+        pipeline=s.pipeline,
+        step=s.step,
+        unit=s.unit,
+        run=f"run {s.active.id}" if s.active else "its run",
+        waiting=f"; it waits: {s.active.waiting_for}" if s.active and s.active.waiting_for else "",
+        failed=s.failed.id if s.failed else "RUN",
+        open=s.upstream_open,
+        total=s.upstream_total,
+        upstream=", ".join(upstream) + (", ..." if len(upstream) < s.upstream_open else "") or "none known yet",
+        due=f"at {s.due_at:%Y-%m-%d %H:%M:%S} UTC" if s.due_at else "soon",
+        paused="` and `wfm resume ".join(paused) or s.pipeline,
+        enable=f"`wfm enable {s.pipeline}`" if s.step_active else f"apply {s.pipeline} with the step {s.step} in it",
+        cron=", or wait for the next time of its cron expression" if s.trigger is TriggerType.CRON else "",
+    )
+
+
+class NotSelected(Struct, frozen=True):
+    """A pipeline that does not work on a package, and why."""
+
+    pipeline: str
+    reason: str
+
+
+class PackageWhy(Struct, frozen=True, kw_only=True):
+    """What becomes of one raw data package.
+
+    Attributes:
+        state: of its registration.
+        units: the (step, unit) pairs that contain it now.
+        not_selected: pipelines of the location without it, each with the first rule that rejects it.
+        summary: one sentence for people.
+    """
+
+    package: str
+    state: str
+    units: list[WhyLine]
+    not_selected: list[NotSelected]
+    summary: str
+
+
+def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
+    """Which pipelines of a location work on a raw data package, how far they are, and which reject it, and why.
+
+    Raises:
+        NotFoundError: no such package or location.
+    """
+    _require_location(conn, location_id)
+    _require(conn, "raw data package", name, _PACKAGES)
+    (package,) = _all(conn, "SELECT id, state FROM raw_data_package WHERE name = :name", name=name)
+    member = "SELECT unit_id FROM unit_member WHERE package_id = :package AND removed IS NULL"
+    units = _why(conn, f"s.active AND u.id IN ({member})", limit=10_000, loc=location_id, package=package["id"])
+    others = _all(
+        conn,
+        f"""
+        SELECT p.name, p.enabled, g.name AS "grouping", g.rules
+        FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL
+            AND p.id NOT IN (SELECT pipeline_id FROM unit WHERE id IN ({member}))
+        ORDER BY p.name
+        """,
+        loc=location_id,
+        package=package["id"],
+    )
+    rejecting = _rejecting_rules(conn, package["id"], {p["name"]: p["rules"] for p in others})
+    not_selected = []
+    for p in others:
+        if p["name"] in rejecting:
+            reason = f"grouping {p['grouping']} rejects it: {rejecting[p['name']]}"
+        else:
+            reason = f"grouping {p['grouping']} selects it, but its arrival is not sorted yet"
+        not_selected.append(NotSelected(p["name"], reason if p["enabled"] else f"{reason}; the pipeline is disabled"))
+    containing = sorted({u.pipeline for u in units})
+    if containing:
+        summary = f"{len(units)} (step, unit) pairs of {', '.join(containing)} contain it"
+    elif any(p["enabled"] and p["name"] not in rejecting for p in others):
+        summary = "its arrival is not sorted yet"
+    else:
+        summary = "no enabled pipeline of this location selects it"
+    return PackageWhy(package=name, state=package["state"], units=units, not_selected=not_selected, summary=summary)
+
+
+def _rejecting_rules(conn: Connection, package: int, rules: Mapping[str, list[Any]]) -> dict[str, str]:
+    """By pipeline, the first rule that does not hold for the package; nothing where all of them hold."""
+    asked = [(pipeline, n, r) for pipeline, given in rules.items() for n, r in enumerate(grouping.rules_from(given), 1)]
+    if not asked:
+        return {}
+    each = (
+        select(literal(i)).where(~exists(grouping.select_packages([rule], [], package_ids=[package])))
+        for i, (_, _, rule) in enumerate(asked)
+    )
+    rejecting: dict[str, str] = {}
+    for i in sorted(conn.execute(union_all(*each)).scalars()):
+        pipeline, n, rule = asked[i]
+        where = f"{rule.table}.{rule.column}" + (f" at {rule.json_path}" if rule.json_path else "")
+        value = msgspec.json.encode(rule.value).decode()
+        rejecting.setdefault(pipeline, f"rule {n}, {where} {rule.operator} {value}")
+    return rejecting
+
+
+class CoverageLine(Struct, frozen=True, kw_only=True):
+    """How much of a step is covered: units in all, and by coverage state (each state is there)."""
+
+    pipeline: str
+    step: str
+    units: int
+    states: dict[CoverageState, int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do for any unit."""
+        return self.units == self.states[CoverageState.COVERED] + self.states[CoverageState.EMPTY]
+
+
+def coverage_summary(conn: Connection, location_id: int, pipeline: str | None = None) -> list[CoverageLine]:
+    """Units by coverage state for each step at a location, in the order of the steps.
+
+    A unit that was not looked at yet counts as waiting. Packages whose arrival is not sorted yet belong to no unit:
+    as long as `counts` shows pending events of the trigger-manager, more units may come.
+
+    Raises:
+        NotFoundError: no such location, or no such pipeline there.
+    """
+    _require_location(conn, location_id)
+    _require(conn, "pipeline", pipeline, _PIPELINES_HERE, loc=location_id)
+    rows = _all(
+        conn,
+        f"""
+        SELECT p.name AS pipeline, s.name AS step, coalesce(z.states, '{{}}') AS states
+        FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
+        CROSS JOIN LATERAL (
+            SELECT jsonb_object_agg(state, n) AS states FROM (
+                SELECT coalesce(c.state, 'waiting') AS state, count(*) AS n
+                FROM unit u LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
+                WHERE u.pipeline_id = p.id AND u.dims = s.dims AND (u.members > 0 OR c.step_id IS NOT NULL)
+                GROUP BY 1) y) z
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND {_OF_PIPELINE}
+        ORDER BY p.name, s.position
+        """,
+        loc=location_id,
+        pipeline=pipeline,
+    )
+    lines = []
+    for r in rows:
+        states = dict.fromkeys(CoverageState, 0) | {CoverageState(s): n for s, n in r["states"].items()}
+        lines.append(CoverageLine(pipeline=r["pipeline"], step=r["step"], units=sum(states.values()), states=states))
+    return lines

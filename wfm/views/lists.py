@@ -1,0 +1,186 @@
+"""Pipelines, packages, and how it stands."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from datetime import datetime
+from typing import Any
+
+from msgspec import Struct
+from sqlalchemy import Connection
+
+from wfm.model import RunState, TriggerType, VersionPolicy
+from wfm.views.sql import _PACKAGES, _all, _asked, _column, _require, _require_location, _rows
+
+
+class StepLine(Struct, frozen=True, kw_only=True):
+    """A step of a pipeline. `version` is the one that `version_policy` speaks of; `config` None for none."""
+
+    name: str
+    description: str
+    depends_on: list[str]
+    group_by: list[str]
+    software: str
+    version_policy: VersionPolicy
+    version: str
+    config: str | None
+    final: bool
+    paused_by: str
+    paused_reason: str
+
+
+class PipelineLine(Struct, frozen=True, kw_only=True):
+    """A pipeline with its steps in topological order. `paused_by` is empty if it is not paused."""
+
+    name: str
+    description: str
+    grouping: str
+    trigger_type: TriggerType
+    trigger_config: dict[str, Any]
+    enabled: bool
+    paused_by: str
+    paused_reason: str
+    priority: int
+    steps: list[StepLine]
+
+
+def pipelines(conn: Connection, location_id: int) -> list[PipelineLine]:
+    """The pipelines of a location by name.
+
+    Raises:
+        NotFoundError: no such location.
+    """
+    _require_location(conn, location_id)
+    return _rows(
+        conn,
+        PipelineLine,
+        """
+        SELECT p.name, p.description, g.name AS "grouping", p.trigger_type, p.trigger_config, p.enabled, p.paused_by,
+            p.paused_reason, p.priority, coalesce(z.steps, '[]') AS steps
+        FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id
+        CROSS JOIN LATERAL (
+            SELECT jsonb_agg(to_jsonb(y) ORDER BY y.position) AS steps FROM (
+                SELECT s.position, s.name, s.description, s.group_by, sw.name AS software, s.version_policy, s.version,
+                    cf.name AS config, s.final, s.paused_by, s.paused_reason,
+                    ARRAY(SELECT us.name FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
+                        WHERE d.step_id = s.id ORDER BY us.position) AS depends_on
+                FROM reduction_step s JOIN software sw ON sw.id = s.software_id
+                LEFT JOIN config cf ON cf.id = s.config_id
+                WHERE s.pipeline_id = p.id AND s.active) y) z
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL ORDER BY p.name
+        """,
+        loc=location_id,
+    )
+
+
+class PackageLine(Struct, frozen=True, kw_only=True):
+    """A raw data package. `size` in bytes, `files` counted; `copies` by location: the status of what lies there."""
+
+    id: int
+    name: str
+    state: str
+    size: int
+    files: int
+    executed_obs_unit: str
+    instrument_module: str
+    registered_at: datetime
+    copies: dict[str, str]
+
+
+def packages(
+    conn: Connection, *, pattern: str | None = None, state: str | None = None, limit: int = 100
+) -> list[PackageLine]:
+    """The raw data packages registered last, the newest first.
+
+    Args:
+        pattern: a name, in which ``*`` stands for any text and ``?`` for one character; None for all.
+        state: keep only packages in this state.
+        limit: how many at most.
+
+    Raises:
+        NotFoundError: a name without wildcards that no package has.
+    """
+    if pattern is not None and not set("*?") & set(pattern):
+        _require(conn, "raw data package", pattern, _PACKAGES)
+    return _rows(
+        conn,
+        PackageLine,
+        f"""
+        WITH page AS MATERIALIZED (
+            SELECT * FROM raw_data_package k
+            WHERE {_asked("k.name", "name", "text", "LIKE")} AND {_asked("k.state", "state")}
+            ORDER BY k.id DESC LIMIT :limit)
+        SELECT k.id, k.name, k.state, k.size, k.registered_at,
+            e.name AS executed_obs_unit, im.name AS instrument_module,
+            (SELECT count(*) FROM raw_data_file f WHERE f.package_id = k.id) AS files,
+            (SELECT coalesce(jsonb_object_agg(l.name, c.status), '{{}}') FROM physical_copy c
+                JOIN data_location l ON l.id = c.location_id
+                WHERE c.package_id = k.id AND c.status <> 'deleted') AS copies
+        FROM page k JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id
+        JOIN instrument_module im ON im.id = k.instrument_module_id ORDER BY k.id DESC
+        """,
+        name=None if pattern is None else _like(pattern),
+        state=state,
+        limit=limit,
+    )
+
+
+def _like(pattern: str) -> str:
+    escaped = re.sub(r"([\\%_])", r"\\\1", pattern)
+    return escaped.replace("*", "%").replace("?", "_")
+
+
+class PendingLine(Struct, frozen=True):
+    """Events that a role has not handled yet, and the age of the oldest in seconds."""
+
+    recipient: str
+    events: int
+    oldest_seconds: float
+
+
+class Counts(Struct, frozen=True, kw_only=True):
+    """How a location stands: runs by state (each state is there), tasks by kind and state, what waits to be handled."""
+
+    runs: dict[RunState, int]
+    tasks: dict[str, dict[str, int]]
+    pending: list[PendingLine]
+    dead_letters: int
+
+
+def counts(conn: Connection, location_id: int) -> Counts:
+    """How much of what is there at a location. Ages are by the clock of the database.
+
+    Raises:
+        NotFoundError: no such location.
+    """
+    _require_location(conn, location_id)
+    by_state = _all(
+        conn, "SELECT state, count(*) AS n FROM run WHERE location_id = :loc GROUP BY state", loc=location_id
+    )
+    tasks: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for t in _all(
+        conn,
+        "SELECT kind, state, count(*) AS n FROM task WHERE location_id = :loc GROUP BY 1, 2 ORDER BY 1, 2",
+        loc=location_id,
+    ):
+        tasks[t["kind"]][t["state"]] = t["n"]
+    pending = _rows(
+        conn,
+        PendingLine,
+        """
+        SELECT recipient, count(*) AS events,
+            extract(epoch FROM clock_timestamp() - min(created_at))::float8 AS oldest_seconds
+        FROM event WHERE location_id = :loc AND done_at IS NULL GROUP BY recipient ORDER BY recipient
+        """,
+        loc=location_id,
+    )
+    (dead,) = _column(
+        conn, "SELECT count(*) FROM dead_letter WHERE location_id = :loc AND state = 'open'", loc=location_id
+    )
+    return Counts(
+        runs=dict.fromkeys(RunState, 0) | {RunState(r["state"]): r["n"] for r in by_state},
+        tasks=dict(tasks),
+        pending=pending,
+        dead_letters=dead,
+    )
