@@ -27,7 +27,6 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import PurePosixPath
 from typing import BinaryIO, Literal
 
 import msgspec
@@ -390,10 +389,15 @@ def _seal(
 
 def _directories(plan: StagePlan, staged: Sequence[StagedInput]) -> set[str]:
     """Every directory that staging has made, or put something in; of those above the attempt, up to the base."""
-    top = PurePosixPath(plan.spec.directory)
+    top, base = plan.spec.directory, plan.facts.base_directory.rstrip("/")
     inside = [*jobs.directories(plan.facts.step), *(os.path.dirname(s.path) for s in staged)]
-    found = {p for name in inside for p in (top / name, *(top / name).parents)}
-    return {str(p) for p in found if p.is_relative_to(plan.facts.base_directory) or p.is_relative_to(top)}
+    found: set[str] = set()
+    for name in inside:
+        path = os.path.join(top, name)
+        while path not in found and (f"{path}/".startswith(f"{base}/") or f"{path}/".startswith(f"{top}/")):
+            found.add(path)
+            path = os.path.dirname(path)
+    return found
 
 
 # --- files ---

@@ -627,8 +627,10 @@ def insert_events(conn: Connection, rows: Sequence[Mapping[str, Any]], republish
         _sql(
             """
             INSERT INTO event
-                (location_id, type, recipient, body, run_id, run_version, actor, reason, publish_at, done_at)
-            SELECT loc, type, recipient, body, run, version, actor, reason, now() + :later * interval '1 s',
+                (location_id, type, recipient, body, run_id, run_version, actor, reason, created_at,
+                publish_at, done_at)
+            SELECT loc, type, recipient, body, run, version, actor, reason, clock_timestamp(),
+                now() + :later * interval '1 s',
                 CASE WHEN recipient = '' THEN now() END
             FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS e(loc bigint, type text, recipient text, body jsonb,
                 run bigint, version int, actor text, reason text)
