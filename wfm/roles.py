@@ -8,6 +8,7 @@ those that touch the outside world `settle` (outcomes of tasks). What a method r
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import socket
@@ -35,6 +36,9 @@ from wfm.tasks import Outcome, TaskRunner, foreign_kinds
 log = logging.getLogger(__name__)
 
 After = Callable[[], None] | None
+
+CANDIDATES = 500
+"""PENDING runs that one admission looks at. Those that cannot start, whatever is free, come last and crowd out none."""
 
 
 class Sweep(Struct):
@@ -325,9 +329,15 @@ class WorkflowManager(_Quiet):
             SELECT r.id, r.cpu, r.memory_gb, r.waiting_for, p.enabled, p.paused_by, s.paused_by AS step_paused_by
             FROM run r JOIN pipeline p ON p.id = r.pipeline_id JOIN reduction_step s ON s.id = r.step_id
             WHERE r.location_id = :loc AND r.state = 'PENDING'
-            ORDER BY r.priority DESC, r.id LIMIT 500 FOR NO KEY UPDATE OF r SKIP LOCKED
+            ORDER BY NOT p.enabled OR p.paused_by <> '' OR s.paused_by <> ''
+                    OR r.cpu > :cpu OR r.memory_gb > :memory_gb,
+                r.priority DESC, r.id
+            LIMIT :most FOR NO KEY UPDATE OF r SKIP LOCKED
             """,
             loc=self.location,
+            cpu=math.inf if self.limit.cpu is None else self.limit.cpu,
+            memory_gb=math.inf if self.limit.memory_gb is None else self.limit.memory_gb,
+            most=CANDIDATES,
         )
         pending = [PendingRun(c.id, c.cpu, c.memory_gb, _pause(c)) for c in candidates]
         chosen, waiting = admit(pending, Capacity(used.runs, used.cpu, used.memory_gb), self.limit)

@@ -288,6 +288,20 @@ def test_cores_and_memory_that_steps_ask_for_are_never_exceeded(world):
     assert most == 2
 
 
+def test_runs_that_cannot_start_crowd_out_no_others(world, monkeypatch):
+    monkeypatch.setattr("wfm.roles.CANDIDATES", 2)
+    world.pipeline("paused", [{**ONE[0], "name": "held"}])
+    world.pipeline("large", [{**ONE[0], "name": "huge", "resources": {"cpu": 99}}])
+    with world.roles(Role.TRIGGER_MANAGER):
+        world.register(*(world.package(f"a{i}") for i in range(3)))
+        wait_until(lambda: world.states() == {("held", "PENDING"): 3, ("huge", "PENDING"): 3})
+    world.act(lambda tx: acts.pause(tx, "paused", None, ACTOR))
+    world.pipeline("p", ONE)
+    with world.roles():
+        wait_until(lambda: world.states()["one", "COMPLETED"] == 3)
+    assert {("held", "PENDING"): 3, ("huge", "PENDING"): 3}.items() <= world.states().items()
+
+
 def test_garbage_goes_to_the_dead_letters_and_harms_no_neighbour(world):
     world.pipeline("p", ONE)
     with world.roles() as services:
