@@ -235,6 +235,8 @@ class Tx:
                 refused[before.id] = e
                 continue
             sets = {"waiting_for": "", **m.sets}
+            if dest in FINAL_STATES:
+                sets["waiting_for"] = ""
             after = msgspec.structs.replace(before, state=dest, version=before.version + 1, **sets)
             moved[before.id] = after
             if before.state in HOLDS_SLOT and dest not in HOLDS_SLOT:
@@ -662,6 +664,7 @@ def failed(run: RunRow, failure: FailureClass, message: str, actor: Actor, due_i
     """The move of a run whose attempt failed; the chart decides between another attempt and the end."""
     facts = MoveFacts(failure=failure, failures=run.failures, max_retries=run.max_retries)
     sets |= {"failure": failure, "message": message, "failures": run.failures + 1}
+    sets["waiting_for"] = f"another attempt, {due_in:.3g} s after the last one: {message}"
     return Move(run, "fail", actor, facts, sets, due_in)
 
 

@@ -147,6 +147,21 @@ def test_a_failed_attempt_is_repeated_as_often_as_allowed_and_again_when_asked(w
     world.assert_history()
 
 
+def test_a_run_that_waits_for_its_next_attempt_says_what_went_wrong(world):
+    world.environ |= {"WFM_RETRY_BACKOFF_SECONDS": "600"}
+    world.config("c", exit=3)
+    world.pipeline("p", [{**ONE[0], "config": "c", "max_retries": 1}])
+    with world.roles():
+        world.register(world.package("a"))
+        wait_until(lambda: world.states()["one", "RETRY_WAIT"] == 1)
+        (run,) = world.runs()
+        assert "another attempt" in run.waiting_for
+        assert "3" in run.waiting_for
+        world.act(lambda tx: acts.cancel_runs(tx, [run.id], ACTOR))
+        wait_until(lambda: world.states()["one", "CANCELLED"] == 1)
+    assert world.runs()[0].waiting_for == ""
+
+
 def test_a_missing_file_a_wrong_checksum_and_a_missing_command_fail_with_a_clear_message_and_stop_nothing_else(world):
     world.apply(
         """

@@ -128,7 +128,7 @@ def _show(r: RunDetail) -> None:
             ("run", f"{r.id} {r.pipeline}/{r.step} {r.unit}"),
             ("state", f"{r.state} since {output.when(r.state_since)}"),
             ("waits for", r.waiting_for),
-            ("attempt", f"{r.attempt}, {r.failures} of {r.max_retries} retries used"),
+            ("attempt", f"{r.attempt}; {r.failures} of {r.max_retries + 1} allowed have failed"),
             ("failure", ": ".join(filter(None, (r.failure, r.message)))),
             ("exit code", r.exit_code),
             ("result", "accepted: coverage rests on it" if r.accepted else "superseded" if r.superseded else ""),
