@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 from wfm.errors import NotFoundError, RefusedError
-from wfm.events import ENTRANCES, TYPES, DataArrived, Message, PipelineChanged
+from wfm.events import ENTRANCES, TYPES, Message, PipelineChanged
 from wfm.grouping import unknown
 from wfm.model import Actor, Role
 from wfm.roles import next_attempt
@@ -141,12 +141,6 @@ def trigger(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Ac
         raise NotFoundError(f"pipeline {pipeline!r} has no unit {unit!r}; see `wfm why {pipeline}`")
     _tell(tx, row, actor)
     return asked
-
-
-def announce(tx: Tx, location_id: int, packages: Sequence[str], actor: Actor) -> None:
-    """Say again that packages have arrived."""
-    for name in packages:
-        tx.emit(location_id, DataArrived(raw_data_package=name), ENTRANCES["data.arrived"], actor)
 
 
 def republish(tx: Tx, location_id: int, ids: Sequence[int] | None = None) -> int:

@@ -62,6 +62,19 @@ def test_two_steps_fan_in_runs_once_for_a_registration_and_late_data_reruns_what
     world.assert_history()
 
 
+def test_what_one_transaction_registers_is_decided_on_as_a_whole(world):
+    """Messages come in batches of two; a unit over all packages must not run with two of ten."""
+    world.environ |= {"WFM_BATCH_SIZE": "2"}
+    world.pipeline("p", [{"name": "one", "group_by": []}])
+    with world.roles(Role.TRIGGER_MANAGER) as services:
+        wait_until(lambda: world.query("SELECT 1 FROM task WHERE kind = 'reconcile' AND due_at > now()"))
+        world.assert_quiet()
+        world.register(*(world.package(f"a{i}") for i in range(10)))
+        wait_until(world.runs)
+        wait_until(lambda: services[0].bus.backlog(["data.arrived"])["data.arrived"] == 0)
+    assert [r.state for r in world.runs()] == ["PENDING"]
+
+
 def test_a_registration_while_nobody_works_is_found_at_start_and_again_by_reconciliation(world):
     world.pipeline("p", ONE)
     world.register(world.package("a"))
