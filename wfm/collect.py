@@ -281,7 +281,8 @@ def _protect(directory: str, files: Sequence[_File]) -> None:
         if stat.S_IMODE(file.status.st_mode) != 0o444:
             with suppress(PermissionError):  # it belongs to another user, whom the job ran as
                 os.chmod(file.real, 0o444)
-    folders = {os.path.join(directory, p) for f in files for p in PurePosixPath(f.path).parents}
+    # The attempt's own directory is durable since the exit record, the job's last act, was made so.
+    folders = {os.path.join(directory, p) for f in files for p in PurePosixPath(f.path).parents if p.name}
     try:
         jobs.sync_all([*(f.real for f in files), *folders])
     except OSError as error:

@@ -18,7 +18,6 @@ at ``/workflow``:
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -355,25 +354,23 @@ def listed(texts: Sequence[str], separator: str = ", ") -> str:
 
 # --- the disk ---
 
-_syncers = ThreadPoolExecutor(8, thread_name_prefix="sync")
-
-
-def _renew_syncers() -> None:
-    """A forked process has the pool, but none of its threads."""
-    global _syncers  # noqa: PLW0603
-    _syncers = ThreadPoolExecutor(8, thread_name_prefix="sync")
-
-
-os.register_at_fork(after_in_child=_renew_syncers)
+_FEW = 16
+"""So many syncs are done one after the other: the first commits most of what the others ask for."""
 
 
 def sync_all(paths: Iterable[str]) -> None:
-    """Make files and directories durable; many at a time, so that they share the commits of the file system.
+    """Make files and directories durable; of many, several at a time, so that they share the commits of the disk.
 
     Raises:
         OSError: of the first that the disk did not keep.
     """
-    list(_syncers.map(runjob.sync_directory, paths))
+    todo = list(paths)
+    if len(todo) <= _FEW:
+        for path in todo:
+            runjob.sync_directory(path)
+    else:
+        with ThreadPoolExecutor(8, thread_name_prefix="sync") as pool:
+            list(pool.map(runjob.sync_directory, todo))
 
 
 # --- checksums ---

@@ -431,9 +431,12 @@ def _register(tx: Tx, found: Sequence[tuple[RunRow, Collected]]) -> None:
     # What counts is the generation of the inputs, not who finished last: ids of one unit's runs grow with it.
     tx.run(
         """
-        UPDATE data_product d SET superseded_by = n.id
-        FROM run n JOIN run o ON (o.step_id, o.unit_id) = (n.step_id, n.unit_id) AND o.id < n.id
-        WHERE n.id = ANY(:ids) AND d.run_id = o.id AND d.superseded_by IS NULL
+        WITH older AS MATERIALIZED (
+            SELECT o.id, max(n.id) AS newer FROM run n
+            JOIN run o ON (o.step_id, o.unit_id) = (n.step_id, n.unit_id) AND o.id < n.id
+            WHERE n.id = ANY(:ids) GROUP BY o.id)
+        UPDATE data_product d SET superseded_by = older.newer
+        FROM older WHERE d.run_id = older.id AND d.superseded_by IS NULL
         """,
         ids=[run.id for run, _ in found],
     )

@@ -26,7 +26,7 @@ from wfm.backends import Backend
 from wfm.charts import Chart
 from wfm.config import Settings
 from wfm.decide import DIGEST_MODULUS, Capacity, PendingRun, admit, wanted_digest
-from wfm.events import ENTRANCES, Event, PipelineChanged, RunEvent
+from wfm.events import ENTRANCES, AttemptFailed, Event, PipelineChanged, RunEvent
 from wfm.jobs import build_spec
 from wfm.kinds import POLL, Poll, job_facts, link_upstream, open_purges, worker_kinds
 from wfm.model import Actor, Role, RunState, TaskKind
@@ -53,6 +53,10 @@ class Sweep(Struct):
     seconds: float
     work: Callable[[Tx], After]
     next_at: float = 0.0
+
+    def hasten(self, seconds: float) -> None:
+        """Look again after so many seconds at the latest."""
+        self.next_at = min(self.next_at, time.monotonic() + seconds)
 
 
 class RoleWork(Protocol):
@@ -429,7 +433,7 @@ class _Tasked:
         begin = self.runner.claim(tx)
         again = self.runner.again_in
         if again is not None:
-            self.sweeps[0].next_at = min(self.sweeps[0].next_at, time.monotonic() + again)
+            self.sweeps[0].hasten(again)
 
         def after() -> None:
             forget()
@@ -498,6 +502,7 @@ class ResultManager(_Tasked):
 
     def __init__(self, settings: Settings, store: Store, backend: Backend, inbox: queue.SimpleQueue[Any]) -> None:
         self.location = settings.processing_location_id
+        self.poll_seconds = backend.poll_seconds
         self.runner = TaskRunner(
             store,
             [Poll(settings, backend)],
@@ -514,23 +519,28 @@ class ResultManager(_Tasked):
         ]
 
     def handle(self, tx: Tx, events: Sequence[Event]) -> After:
-        self._poll_now(tx)
-        self.retry_due(tx)
-        return self.runner.claim(tx)
+        if any(isinstance(e, AttemptFailed) for e in events):
+            self.retry_due(tx)
+        # A job that was submitted just now is not over yet: to ask at once would only find that.
+        self._poll_in(tx, self.poll_seconds)
+        self.sweeps[0].hasten(self.poll_seconds)
+        return None
 
-    def _poll_now(self, tx: Tx) -> None:
+    def _poll_in(self, tx: Tx, seconds: float) -> None:
+        """Have the backend asked after so long at the latest."""
         tx.run(
             """
             INSERT INTO task (location_id, kind) VALUES (:loc, :kind)
-            ON CONFLICT (kind, location_id) WHERE run_id IS NULL DO UPDATE SET due_at = now()
-            WHERE task.state = 'ready' AND task.due_at > now()
+            ON CONFLICT (kind, location_id) WHERE run_id IS NULL DO UPDATE SET due_at = now() + :wait * interval '1 s'
+            WHERE task.state = 'ready' AND task.due_at > now() + :wait * interval '1 s'
             """,
             loc=self.location,
             kind=POLL,
+            wait=seconds,
         )
 
     def _look_again(self, tx: Tx) -> After:
-        self._poll_now(tx)
+        self._poll_in(tx, 0.0)
         return look_again(self.role, self.location)(tx)
 
     def retry_due(self, tx: Tx) -> After:

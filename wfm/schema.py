@@ -522,11 +522,13 @@ data_product = Table(
     Column("size", BigInteger, nullable=False),
     _text("checksum", None),
     _json("metrics"),
-    Column("superseded_by", BigInteger, ForeignKey("run.id"), index=True),
+    Column("superseded_by", BigInteger, ForeignKey("run.id")),
     _time("created_at", now=True),
     _one_of("type", ProductType),
     UniqueConstraint("run_id", "path"),
     CheckConstraint("superseded_by <> run_id", name="not_by_itself"),
+    # Only of those that are: nearly all are not, and looking these up by it would read the whole table.
+    Index("ix_data_product_superseded_by", "superseded_by", postgresql_where=text("superseded_by IS NOT NULL")),
 )
 
 dead_letter = Table(

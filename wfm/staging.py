@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 DISK_RETRY_SECONDS = 60.0
 
-_WORKSHOP = ".staging"
-"""Directory, in that of the attempt, for what is not finished; each call has its own below."""
+_WORKSHOP = ".staging-"
+"""How the directories begin, in that of the attempt, for what is not finished; each call has its own."""
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of another file
 _NO_CLONES = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -105,7 +105,7 @@ def stage(
     if homeless := [i.label for i in wanted if not i.sources]:
         raise HeldError(f"held: no reachable copy of {jobs.listed(homeless, '; ')}")
     document = _json(jobs.manifest(plan))
-    workshop = os.path.join(directory, _WORKSHOP, os.urandom(8).hex())
+    workshop = os.path.join(directory, _WORKSHOP + os.urandom(8).hex())
     watch = Watch(alive, progress)
     try:
         os.makedirs(workshop)  # first of all: whoever comes later can take it away
@@ -135,8 +135,6 @@ def stage(
         raise UnavailableError(f"staging at {directory}: {error}") from error
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-        with suppress(OSError):
-            os.rmdir(os.path.dirname(workshop))
 
 
 def _standing(directory: str, document: bytes) -> tuple[StagedInput, ...] | None:
@@ -150,7 +148,7 @@ def _standing(directory: str, document: bytes) -> tuple[StagedInput, ...] | None
 def _take_over(workshop: str) -> None:
     """Remove what others left unfinished, and with it their means to go on."""
     place, mine = os.path.split(workshop)
-    _remove(place, *(name for name in os.listdir(place) if name != mine))
+    _remove(place, *(name for name in os.listdir(place) if name.startswith(_WORKSHOP) and name != mine))
 
 
 def _summary(directory: str, staged: Sequence[StagedInput]) -> Staged:
@@ -197,8 +195,7 @@ def _place_all(
     wanted: Sequence[Input], directory: str, workshop: str, policy: StagingPolicy, watch: Watch
 ) -> list[tuple[Input, str, How]]:
     """Place every input; returns each with its source and the way it went."""
-    with open(os.path.join(workshop, "trial"), "xb") as trial:
-        searches = [_search(item, directory, trial, policy) for item in wanted]
+    searches = [_search(item, directory, workshop, policy) for item in wanted]
     _insist([s for s in searches if not (s.copies or s.kept)])
     needed = sum(s.item.size for s in searches if not s.kept and s.copies[0][1] == "copy")
     disk = os.statvfs(directory)
@@ -219,8 +216,8 @@ def _place_all(
     return placed
 
 
-def _search(item: Input, directory: str, trial: BinaryIO, policy: StagingPolicy) -> _Search:
-    """Look at the copies without reading them; see `_can_clone` for the trial."""
+def _search(item: Input, directory: str, workshop: str, policy: StagingPolicy) -> _Search:
+    """Look at the copies without reading them."""
     search = _Search(item, _is_kept(os.path.join(directory, item.path), item.size))
     mode = policy.mode if item.raw else "auto"
     for source in item.sources:
@@ -232,7 +229,7 @@ def _search(item: Input, directory: str, trial: BinaryIO, policy: StagingPolicy)
                 search.bad.append(f"{source} has {found.st_size} bytes instead of {item.size}")
             elif mode in ("auto", "link") and not _is_alterable(source):
                 search.copies.append((os.path.realpath(source), "link"))
-            elif mode in ("auto", "reflink") and _can_clone(source, trial):
+            elif mode in ("auto", "reflink") and _can_clone(source, workshop, afresh=mode == "reflink"):
                 search.copies.append((source, "reflink"))
             elif mode in ("auto", "copy"):
                 search.copies.append((source, "copy"))
@@ -271,14 +268,28 @@ def _is_alterable(source: str) -> bool:
     )
 
 
-def _can_clone(source: str, trial: BinaryIO) -> bool:
-    """Whether a reflink of this file is possible; found out by making one of an open file in the workshop."""
+_unshared: set[tuple[int, int]] = set()
+"""File systems (of source and target) that were seen to share no extents; saves a trial for every file."""
+
+
+def _can_clone(source: str, workshop: str, *, afresh: bool) -> bool:
+    """Whether a reflink of this file is possible; found out by making one in the workshop.
+
+    Args:
+        afresh: do not believe what was seen before: the numbers of file systems are given again after a mount.
+    """
+    pair = os.stat(source).st_dev, os.stat(workshop).st_dev
+    if pair in _unshared and not afresh:
+        return False
     try:
-        _clone(source, trial)
+        with open(os.path.join(workshop, "trial"), "wb") as trial:
+            _clone(source, trial)
     except OSError as error:
-        return error.errno not in _NO_CLONES  # another fault comes again, and is reported, when it counts
-    finally:
-        trial.truncate(0)
+        if error.errno not in _NO_CLONES:
+            return True  # another fault comes again, and is reported, when it counts
+        if error.errno != errno.EINVAL:  # which may be this file's alone
+            _unshared.add(pair)
+        return False
     return True
 
 
@@ -388,12 +399,12 @@ def _seal(
 
 
 def _directories(plan: StagePlan, staged: Sequence[StagedInput]) -> set[str]:
-    """Every directory that staging has made, or put something in; of those above the attempt, up to the base."""
+    """Every directory that staging has put something in; of those above the attempt, up to the base."""
     top, base = plan.spec.directory, plan.facts.base_directory.rstrip("/")
-    inside = [*jobs.directories(plan.facts.step), *(os.path.dirname(s.path) for s in staged)]
+    made = [*jobs.directories(plan.facts.step), *(s.path for s in staged)]
     found: set[str] = set()
-    for name in inside:
-        path = os.path.join(top, name)
+    for name in made:
+        path = os.path.dirname(os.path.join(top, name))
         while path not in found and (f"{path}/".startswith(f"{base}/") or f"{path}/".startswith(f"{top}/")):
             found.add(path)
             path = os.path.dirname(path)

@@ -15,6 +15,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -137,23 +138,16 @@ class TaskRunner:
                 busy[t.kind] += 1
         free = {k.name: k.slots * max(k.batch, 4) - busy[k.name] for k in self.kinds.values()}
         tasks = tx.claim_tasks(self.location_id, free, self.owner, self.lease)
-        by_kind: dict[str, list[TaskRow]] = defaultdict(list)
-        for t in tasks:
-            by_kind[t.kind].append(t)
-        jobs: list[_Job] = []
-        broken: list[Outcome] = []
-        unwanted: list[TaskRow] = []
-        for kind, rows in by_kind.items():
-            tried = [t for t in rows if t.tries >= self.max_tries]
-            broken += [
-                Outcome(t, error=WfmError(f"{t.tries} workers ended or lost touch while doing it")) for t in tried
-            ]
-            fresh = [t for t in rows if t.tries < self.max_tries]
-            works, faults = self._prepare(tx, self.kinds[kind], fresh)
-            broken += faults
-            failed = {o.task.id for o in faults}
-            jobs += [_Job(t, works[t.id]) for t in fresh if t.id in works]
-            unwanted += [t for t in fresh if t.id not in works and t.id not in failed]
+        fresh = [t for t in tasks if t.tries < self.max_tries]
+        works, broken = self._prepare(tx, fresh)
+        broken += [
+            Outcome(t, error=WfmError(f"{t.tries} workers ended or lost touch while doing it"))
+            for t in tasks
+            if t.tries >= self.max_tries
+        ]
+        given_up = {o.task.id for o in broken}
+        jobs = [_Job(t, works[t.id]) for t in fresh if t.id in works]
+        unwanted = [t for t in fresh if t.id not in works and t.id not in given_up]
         tx.end_tasks([TaskEnd(t, "closed", "no longer wanted") for t in unwanted])
 
         def begin() -> None:
@@ -168,21 +162,27 @@ class TaskRunner:
 
         return begin
 
-    def _prepare(self, tx: Tx, kind: Kind, tasks: Sequence[TaskRow]) -> tuple[Mapping[int, Any], list[Outcome]]:
+    def _prepare(self, tx: Tx, tasks: Sequence[TaskRow]) -> tuple[dict[int, Any], list[Outcome]]:
         """Prepare all at once; if that breaks, one by one, so that a bad one falls out alone."""
+        by_kind: dict[str, list[TaskRow]] = defaultdict(list)
+        for t in tasks:
+            by_kind[t.kind].append(t)
+        works: dict[int, Any] = {}
+        faults: list[Outcome] = []
         try:
-            with tx.conn.begin_nested():
-                return (kind.prepare(tx, tasks) if tasks else {}), []
+            with tx.conn.begin_nested() if tasks else nullcontext():
+                for kind, rows in by_kind.items():
+                    works |= self.kinds[kind].prepare(tx, rows)
+                return works, faults
         except Exception as e:
             if isinstance(e, DBAPIError) and is_connection_error(e):
                 raise
             if len(tasks) == 1:
                 log.exception("task %s %s cannot be prepared", tasks[0].kind, tasks[0].id)
                 return {}, [Outcome(tasks[0], error=e)]
-        works: dict[int, Any] = {}
-        faults: list[Outcome] = []
+        works.clear()
         for t in tasks:
-            one, fault = self._prepare(tx, kind, [t])
+            one, fault = self._prepare(tx, [t])
             works |= one
             faults += fault
         return works, faults
