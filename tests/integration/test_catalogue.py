@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, event, insert, text
 
 from tests.services import Servers
-from wfm import catalogue, documents, grouping, schema
+from wfm import catalogue, documents, grouping, schema, yamltext
 from wfm.catalogue import ExecutedObsUnitIn, FileIn, PackageIn, Registered, register, scan_files
 from wfm.errors import DocumentError, NotFoundError, RefusedError, UsageError
 from wfm.grouping import Rule, select_packages, validate_rules
@@ -599,12 +599,12 @@ def test_applying_twice_changes_nothing(conn: Connection) -> None:
     first = apply(conn, PIPELINE, SOFTWARE)
     assert actions(first) == {"create"}
     assert [c.kind for c in first.changes] == ["software", "config", "grouping", "pipeline"]
-    dump = documents.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
+    dump = yamltext.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
     again = apply(conn, SITE, SOFTWARE, PIPELINE)
     assert actions(again) == {"unchanged"}
     assert (again.pipeline_ids_changed, again.event_ids) == ([], [])
     assert rows(conn, "SELECT count(*) FROM config_revision") == [(1,)]
-    assert dump == documents.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
+    assert dump == yamltext.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
 
 
 EVERYTHING = f"""
@@ -680,7 +680,7 @@ def test_what_get_gives_can_be_applied_as_unchanged(conn: Connection) -> None:
     apply(conn, EVERYTHING)
     found = [d for kind in documents.KINDS for d in documents.get(conn, kind)]
     assert {d["kind"] for d in found} == set(documents.KINDS)
-    for form in (documents.dump(found), "\n---\n".join(json.dumps(d) for d in found)):
+    for form in (yamltext.dump(found), "\n---\n".join(json.dumps(d) for d in found)):
         again = apply(conn, form)
         assert actions(again) == {"unchanged"}
         assert again.event_ids == []

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wfm.documents import KINDS, dump, load
+from wfm.documents import KINDS, load
 from wfm.errors import DocumentError
 from wfm.model import Resources, TriggerType, VersionPolicy
+from wfm.yamltext import dump
 
 
 def read(text: str) -> Any:

@@ -167,14 +167,14 @@ def get(kind: str, name: str | None, as_json: bool) -> None:
     Example:  wfm get pipeline
               wfm get software linefit > linefit.yaml
     """
-    from wfm import documents
+    from wfm import documents, yamltext
 
     with context.deployment() as d, d.read() as tx:
         found = documents.get(tx.conn, kind, name)
     if as_json:
         output.document(found)
     elif found:
-        click.echo(documents.dump(found), nl=False)
+        click.echo(yamltext.dump(found), nl=False)
     else:
         click.echo(f"no {kind} yet", err=True)
 

@@ -199,7 +199,7 @@ def up(workers: int, concurrency: int) -> None:
 
 def _prepare_database(settings: Settings) -> None:
     """Tables at the newest revision, and a location to work at."""
-    from wfm import documents, migrations
+    from wfm import documents, migrations, yamltext
 
     with context.deployment(settings) as d:
         migrations.upgrade(d.store.engine, settings.database_schema)
@@ -211,7 +211,7 @@ def _prepare_database(settings: Settings) -> None:
         place = {"site": "local", "type": "processing", "root": str(settings.pipeline_base_dir)}
         location: dict[str, Any] = {"kind": "location", "name": "local", "id": d.location, **place}
         new = [{"kind": "site", "name": "local"}, location]
-        read = documents.load([("wfm up", documents.dump(new))])
+        read = documents.load([("wfm up", yamltext.dump(new))])
         actor = context.actor("the first `wfm up`")
         d.write(
             lambda tx: documents.apply(tx.conn, read, location_id=d.location, actor=actor.name, reason=actor.reason)
