@@ -493,18 +493,6 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[Difference]:
         yield Difference(path, old, new)
 
 
-def plan(conn: Connection, documents: Documents, *, location_id: int) -> list[Change]:
-    """What `apply` would change, one entry per document, in the order of their application.
-
-    Args:
-        location_id: the instance's own location, for pipelines that name none.
-
-    Raises:
-        DocumentError: with everything that does not fit the database.
-    """
-    return [c.change for c in _compare(conn, documents, location_id)]
-
-
 class _Compared(Struct, frozen=True):
     """A document, what there is (empty if nothing), what is to be, and how they differ."""
 

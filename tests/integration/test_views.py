@@ -419,7 +419,6 @@ def test_answers_are_json_and_times_are_utc(conn: Connection, night: Night) -> N
         views.why_package(conn, "p1", location_id=night.cologne),
         views.coverage_summary(conn, night.cologne),
         views.events(conn),
-        views.pipelines(conn, night.cologne),
         views.packages(conn),
         views.counts(conn, night.cologne),
         views.verify(conn, CHARTS),
@@ -1209,30 +1208,6 @@ def test_lineage_as_a_flowchart(conn: Connection, night: Night) -> None:
 
 
 # --- lists ---
-
-
-def test_pipelines(conn: Connection, night: Night) -> None:
-    night.set(schema.pipeline, night.pipelines["maps"], paused_by="ada", paused_reason="moon")
-    maps, quick = views.pipelines(conn, night.cologne)
-    assert (maps.name, maps.grouping, maps.trigger_type, maps.enabled, maps.priority) == (
-        "maps",
-        "ngc253",
-        "CONTINUOUS",
-        True,
-        5,
-    )
-    assert (maps.paused_by, maps.paused_reason) == ("ada", "moon")
-    assert [(s.name, s.depends_on, s.group_by, s.software, s.config, s.final) for s in maps.steps] == [
-        ("calibrate", [], ["executed_obs_unit"], "reduce", "gains", False),
-        ("map", ["calibrate"], ["source"], "reduce", None, True),
-    ]
-    assert (maps.steps[0].version_policy, maps.steps[0].version) == ("compatible", "2.0.0")
-    night.set(schema.reduction_step, night.steps["look"], active=False)
-    assert views.pipelines(conn, night.cologne)[1].steps == []
-    night.set(schema.pipeline, night.pipelines["quick"], deleted_at=datetime.now(UTC))
-    assert [p.name for p in views.pipelines(conn, night.cologne)] == ["maps"]
-    assert quick.steps[0].name == "look"
-    assert views.pipelines(conn, night.archive) == []
 
 
 def test_packages(conn: Connection, night: Night) -> None:
