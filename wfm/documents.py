@@ -195,9 +195,17 @@ KINDS: dict[str, Kind] = {
 
 
 class Documents(Struct, frozen=True):
-    """Documents without faults of their own, in the order in which they are applied."""
+    """What some texts say, in the order in which it is applied.
+
+    Attributes:
+        faults: those that are found without a database. Documents with faults are refused when they are applied,
+            together with all that does not fit the database then.
+        unread: parts of the texts that could not be read, so that nobody knows what else they name.
+    """
 
     items: tuple[Document, ...]
+    faults: tuple[Fault, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def of(self, kind: str) -> dict[str, Document]:
         """The documents of a kind, by name."""
@@ -211,29 +219,34 @@ _NoteAt = Callable[[Path, str], None]
 
 
 def load(sources: Sequence[tuple[str, str]]) -> Documents:
-    """Read documents and check all that can be checked without a database.
+    """Read documents, and find every fault that can be found without a database.
 
     Args:
         sources: (file name, YAML text) each; a text may hold many documents.
-
-    Raises:
-        DocumentError: with every fault of every file.
     """
-    faults: list[Fault] = []
-    found: dict[tuple[str, str], Document] = {}
-    kinds = {name: kind.spec for name, kind in KINDS.items()}
-    for file, text in sources:
-        for document in yamltext.read(file, text, kinds, faults):
-            key = document.kind, document.spec.name
-            if document.sound or document.kind != "raw_data_package":  # all parts of a package are needed for that
-                _check(document.spec, lambda path, message, d=document: faults.append(d.fault(path, message)))  # type: ignore[misc]
-            first = found.setdefault(key, document)
-            if first is not document and document.spec.name:
-                place = f"{first.file}:{first.lines[()]}"
-                faults.append(document.fault(("name",), f"{key[0]} {key[1]!r} comes twice (first in {place})"))
-    refuse(faults)
+    reading = yamltext.read(sources, {name: kind.spec for name, kind in KINDS.items()})
+    faults = list(reading.faults)
+    found: list[Document] = []
+    first: dict[tuple[str, str], Document] = {}
+    for document in reading.documents:
+        own = _own_faults(document)
+        kind, name = key = document.kind, document.spec.name
+        if name and first.setdefault(key, document) is not document:
+            place = f"{first[key].file}:{first[key].lines[()]}"
+            own.append(document.fault(("name",), f"{kind} {name!r} comes twice (first in {place})"))
+        found.append(structs.replace(document, sound=document.sound and not own))
+        faults += own
     order = list(KINDS)
-    return Documents(tuple(sorted(found.values(), key=lambda d: order.index(d.kind))))
+    found.sort(key=lambda d: order.index(d.kind))
+    return Documents(tuple(found), tuple(faults), tuple(reading.unread))
+
+
+def _own_faults(document: Document) -> list[Fault]:
+    """What a document's parts have against each other."""
+    faults: list[Fault] = []
+    if document.sound or document.kind != "raw_data_package":  # that needs all parts of a package
+        _check(document.spec, lambda path, message: faults.append(document.fault(path, message)))
+    return faults
 
 
 def _check(spec: Any, note: _NoteAt) -> None:
@@ -502,12 +515,17 @@ class _Compared(Struct, frozen=True):
     change: Change
 
 
+_Planned = Mapping[tuple[str, str], Mapping[str, Any]]
+"""By kind and name, what is to be; empty where it is not known."""
+
+
 def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_Compared]:
     own = _own_location(conn, documents, location_id)
     compared = []
     for kind in KINDS:
         named = documents.of(kind)
         if kind == "raw_data_package":
+            named = {name: document for name, document in named.items() if document.sound}  # all parts are needed
             at = {name: document.spec.location for name, document in named.items()}
             there = {n: _plain(p) for n, p in catalogue.read(conn, list(at), at=at).items()}
         else:
@@ -518,9 +536,11 @@ def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_
             differences = tuple(_differences(old, new))
             action: Literal["create", "update", "unchanged"] = "update" if differences else "unchanged"
             compared.append(_Compared(document, old, new, Change(kind, name, action if old else "create", differences)))
-    faults = [*_reference_faults(conn, documents), *_package_faults(conn, documents)]
+    faults = [*documents.faults, *_reference_faults(conn, documents), *_package_faults(conn, documents)]
+    # Of what has faults itself only the name is sure.
+    planned = {(c.document.kind, c.change.name): c.new if c.document.sound else {} for c in compared}
     for kind, check in (("location", _location_faults), ("software", _version_faults), ("pipeline", _pipeline_faults)):
-        faults += check(conn, [c for c in compared if c.document.kind == kind], compared)
+        faults += check(conn, [c for c in compared if c.document.kind == kind], planned)
     refuse(faults)
     return compared
 
@@ -567,6 +587,7 @@ def _references(spec: Struct, path: Path = ()) -> Iterator[tuple[Path, str, str]
 
 
 def _reference_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
+    """Names that nothing has; those that something unreadable may have are left for when it can be read."""
     known: dict[str, list[str]] = {}
     for document in documents.items:
         if document.kind == "raw_data_package":
@@ -574,19 +595,20 @@ def _reference_faults(conn: Connection, documents: Documents) -> Iterator[Fault]
         for path, kind, name in _references(document.spec):
             if kind not in known:
                 known[kind] = sorted({*_names(conn, kind), *documents.of(kind)})
-            if name not in known[kind]:
+            unsaid = not name and not document.sound  # it has a fault of its own there
+            if name not in known[kind] and not unsaid and not any(name in text for text in documents.unread):
                 yield document.fault(path, unknown(kind, name, known[kind]))
 
 
 def _package_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
-    packages = list(documents.of("raw_data_package").values())
+    packages = [p for p in documents.of("raw_data_package").values() if p.sound]
     if packages:
         planned = {kind.table.name: documents.of(name) for name, kind in KINDS.items()}
         for n, message in catalogue.check(conn, [p.spec for p in packages], planned=planned):
             yield packages[n].fault((), message)
 
 
-def _location_faults(conn: Connection, locations: Sequence[_Compared], _: Sequence[_Compared]) -> Iterator[Fault]:
+def _location_faults(conn: Connection, locations: Sequence[_Compared], _: _Planned) -> Iterator[Fault]:
     table = schema.data_location.c
     taken = {i: name for name, i in conn.execute(select(table.name, table.id))} if locations else {}
     for c in locations:
@@ -597,10 +619,12 @@ def _location_faults(conn: Connection, locations: Sequence[_Compared], _: Sequen
             yield c.document.fault(("id",), f"id {i} belongs to location {taken[i]!r}")
 
 
-def _version_faults(conn: Connection, software: Sequence[_Compared], _: Sequence[_Compared]) -> Iterator[Fault]:
+def _version_faults(conn: Connection, software: Sequence[_Compared], _: _Planned) -> Iterator[Fault]:
     """What a version runs is part of the history of its runs."""
     version, run = schema.software_version.c, schema.run.c
     for c in software:
+        if not c.document.sound:
+            continue  # what could not be read has not changed for that
         had = {v["version"]: v for v in c.old.get("versions", ())}
         for n, v in enumerate(c.document.spec.versions):
             new = next(w for w in c.new["versions"] if w["version"] == v.version)
@@ -620,13 +644,9 @@ def _version_faults(conn: Connection, software: Sequence[_Compared], _: Sequence
                 )
 
 
-def _pipeline_faults(
-    conn: Connection, pipelines: Sequence[_Compared], compared: Sequence[_Compared]
-) -> Iterator[Fault]:
-    planned = {(c.document.kind, c.change.name): c.new for c in compared}
-
+def _pipeline_faults(conn: Connection, pipelines: Sequence[_Compared], planned: _Planned) -> Iterator[Fault]:
     def thing(kind: str, name: str) -> Mapping[str, Any]:
-        return planned.get((kind, name)) or _read(conn, kind, [name]).get(name, {})
+        return planned[kind, name] if (kind, name) in planned else _read(conn, kind, [name]).get(name, {})
 
     for c in pipelines:
         name, location = c.change.name, c.new["location"]
@@ -641,8 +661,10 @@ def _pipeline_faults(
                 ("location",), f"pipeline {name!r} has results at {home!r} and cannot move to {location!r}"
             )
         for n, step in enumerate(c.document.spec.steps):
-            versions = [v["version"] for v in thing("software", step.software).get("versions", ())]
-            if step.version_policy is VersionPolicy.PINNED and step.version not in versions:
+            software = thing("software", step.software)
+            versions = [v["version"] for v in software.get("versions", ())]
+            pinned = step.version_policy is VersionPolicy.PINNED and step.version
+            if software and pinned and step.version not in versions:
                 message = unknown(f"version of {step.software!r}", step.version, versions)
                 yield c.document.fault(("steps", n, "version"), message)
 
@@ -675,7 +697,8 @@ def apply(conn: Connection, documents: Documents, *, location_id: int, actor: st
         location_id: the instance's own location, for pipelines that name none.
 
     Raises:
-        DocumentError: with everything that does not fit the database; nothing was written.
+        DocumentError: with every fault of the documents, and everything that does not fit the database; nothing was
+            written.
     """
     lock(conn)
     compared = _compare(conn, documents, location_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from types import NoneType, UnionType
@@ -116,61 +116,81 @@ _BAD = object()
 """Stands for a value that had a fault; the fault is noted."""
 
 
-def read(file: str, text: str, kinds: Mapping[str, type[Struct]], faults: list[Fault]) -> Iterator[Document]:
-    """The documents of a YAML text, also those with faults.
+class Reading(Struct, frozen=True):
+    """What was read.
+
+    Attributes:
+        documents: also those with faults.
+        faults: every one.
+        unread: parts of the texts that could not be read as documents of some kind.
+    """
+
+    documents: list[Document] = []
+    faults: list[Fault] = []
+    unread: list[str] = []
+
+
+def read(sources: Sequence[tuple[str, str]], kinds: Mapping[str, type[Struct]]) -> Reading:
+    """Read YAML texts; each may hold many documents.
 
     Args:
-        file: name of the text, for people.
+        sources: (file name, text) each.
         kinds: by the value of the key ``kind``, the struct whose fields are the other keys.
-        faults: every fault is appended here.
     """
-    return _Reader(file, kinds, faults).read(text)
+    reading = Reading()
+    for file, text in sources:
+        _Reader(file, text, kinds, reading).read()
+    return reading
 
 
 class _Reader:
     """Reads the documents of one text, and goes on after each fault."""
 
-    def __init__(self, file: str, kinds: Mapping[str, type[Struct]], faults: list[Fault]) -> None:
+    def __init__(self, file: str, text: str, kinds: Mapping[str, type[Struct]], reading: Reading) -> None:
         self.file = file
+        self.text = text
         self.kinds = kinds
-        self.faults = faults
+        self.reading = reading
         self.lines: dict[Path, int] = {}
         self.sound = True
 
-    def read(self, text: str) -> Iterator[Document]:
+    def read(self) -> None:
+        done = 0
         try:
-            loader = _Loader(text)
+            loader = _Loader(self.text)
             while loader.check_node():
                 node = loader.get_node()
                 if node is not None and node.tag != _TAG + "null":
-                    yield from self._document(node)
+                    self._document(node)
+                    done = node.end_mark.index
+            return
         except yaml.MarkedYAMLError as e:
             mark = e.problem_mark or e.context_mark
             self._fault(mark.line + 1 if mark else 1, ", ".join(filter(None, (e.context, e.problem))))
         except yaml.reader.ReaderError as e:
-            line = text.count("\n", 0, e.position) + 1
-            self._fault(line, f"the character #x{ord(text[e.position]):04x} is not allowed in YAML")
+            line = self.text.count("\n", 0, e.position) + 1
+            self._fault(line, f"the character #x{ord(self.text[e.position]):04x} is not allowed in YAML")
         except RecursionError:
             self._fault(1, "nested too deeply")
+        self.reading.unread.append(self.text[done:])
 
-    def _document(self, node: yaml.Node) -> Iterator[Document]:
+    def _document(self, node: yaml.Node) -> None:
         self.lines = {(): _line(node)}
         self.sound = True
         if not isinstance(node, yaml.MappingNode):
             self._note(node, (), f"expected a document with kind and name, got {_shown(node)}")
-            return
-        named = [value for key, value in node.value if key.value == "kind"]
-        kind = named[0].value if named and isinstance(named[0], yaml.ScalarNode) else ""
-        if not named:
+        elif not (named := [value for key, value in node.value if key.value == "kind"]):
             self._note(node, (), f"missing key 'kind'; allowed: {', '.join(self.kinds)}")
-        elif kind not in self.kinds:
+        elif (kind := named[0].value if isinstance(named[0], yaml.ScalarNode) else "") not in self.kinds:
             self._note(named[0], (), unknown("kind", kind, self.kinds))
         else:
             spec = self._struct(self.kinds[kind], node, (), beside=("kind",))
-            yield Document(kind, spec, self.file, self.lines, self.sound)
+            self.reading.documents.append(Document(kind, spec, self.file, self.lines, self.sound))
+            return
+        self.reading.unread.append(self.text[node.start_mark.index : node.end_mark.index])
 
     def _fault(self, line: int, message: str) -> None:
-        self.faults.append((self.file, line, message))
+        self.reading.faults.append((self.file, line, message))
 
     def _note(self, node: yaml.Node, path: Path, message: str) -> Any:
         self.sound = False

@@ -1033,3 +1033,18 @@ def test_the_demonstrations_documents_apply(conn: Connection) -> None:
     demo = Path(documents.__file__).with_name("demo") / "pipeline.yaml"
     assert actions(apply(conn, demo.read_text())) == {"create"}
     assert actions(apply(conn, demo.read_text())) == {"unchanged"}
+
+
+def test_what_cannot_be_read_counts_as_unknown_and_not_as_changed(conn: Connection) -> None:
+    """One fault is one message: nothing that follows from it is told beside it."""
+    apply(conn, SOFTWARE, PIPELINE)
+    _run(conn)
+    assert refused(conn, SOFTWARE.replace("command: [sw]", "command: sw")) == [
+        "0.yaml:5: versions[0].command: expected a list, got 'sw'"
+    ]
+    newer = SOFTWARE.replace("version: 1.0.0", "version: two")
+    pinned = PIPELINE.replace("config: cf", "version: 2.0.0, version_policy: pinned")
+    assert refused(conn, newer, pinned) == ["0.yaml:5: 'two' is not a version such as 1.4.0"]
+    away = "kind: location\nname: away\nsite: chile\ntype: proccessing\n"
+    faults = refused(conn, away, PIPELINE.replace("name: chai", "name: other\nlocation: away"))
+    assert [fault.split(": ")[:2] for fault in faults] == [["0.yaml:4", "type"]]

@@ -429,17 +429,63 @@ def valkey_socket(cli: Cli) -> Path:
 # --- definitions ---
 
 
-def test_five_faults_are_five_lines(cli: Cli, tmp_path: Path) -> None:
-    file = tmp_path / "bad.yaml"
-    file.write_text(
+FIVE_FAULTS = """\
+kind: pipeline
+name: bad
+groupin: everything
+grouping: everythin
+steps:
+  - {name: one, software: copy, version: 9.9.9, version_policy: pinned, group_by: [source], max_retries: -1}
+  - {name: two, software: copi, group_by: [source]}
+"""
+
+
+@pytest.mark.parametrize("command", ["apply", "diff"])
+def test_faults_with_and_without_the_database_come_together(command: str, cli: Cli, tmp_path: Path) -> None:
+    """What a document has against itself, and what the database has against it, of all files in one round."""
+    file, more = tmp_path / "bad.yaml", tmp_path / "more.yaml"
+    file.write_text(FIVE_FAULTS)
+    more.write_text(
         "kind: software\nname: tool\nversions:\n  - {version: one, command: []}\n---\n"
-        "kind: nosuch\nname: x\n---\n"
-        "kind: pipeline\nname: bad name\ngroupin: everything\nsteps: []\n"
+        "kind: pipeline\nname: sound\ngrouping: everything\nlocation: archive\n"
+        "steps:\n  - {name: one, software: tool, version: 2.0.0, version_policy: pinned}\n"
     )
-    said = cli("apply", "-f", file, code=2).stderr.splitlines()
-    assert len(said) >= 5
-    assert all(line.startswith(f"error: {file}:") for line in said)
-    assert not cli("get", "software").stdout.count("tool")
+    said = cli(command, "-f", file, more, code=2)
+    assert [line.removeprefix(f"error: {tmp_path}/") for line in said.stderr.splitlines()] == [
+        "bad.yaml:3: unknown key 'groupin', did you mean 'grouping'?; allowed: kind, name, description, grouping, "
+        "location, trigger, enabled, priority, steps",
+        "bad.yaml:4: unknown grouping 'everythin', did you mean 'everything'?; allowed: everything, only-b",
+        "bad.yaml:6: steps[0].max_retries: expected a whole number from 0 to 1000, got '-1'",
+        "bad.yaml:6: unknown version of 'copy' '9.9.9'; allowed: 1.0.0",
+        "bad.yaml:7: unknown software 'copi', did you mean 'copy'?; allowed: copy, tool",
+        "more.yaml:4: versions[0].command: must not be empty",
+        "more.yaml:4: 'one' is not a version such as 1.4.0",
+        "more.yaml:9: location 'archive' is of type long_term_archive; allowed: processing",
+    ]
+    assert said.stdout == ""
+    cli("get", "software", "tool", code=3)
+
+
+def test_what_cannot_be_read_may_be_what_another_names(cli: Cli, tmp_path: Path) -> None:
+    pipeline = "kind: pipeline\nname: p\ngrouping: everything\nsteps: [{name: s, software: NAME}]\n"
+    file = tmp_path / "bad.yaml"
+    for broken in ("kind: softwear\nname: tool\n", "- tool\n", "kind: software\nname: tool\ncommand: [\n"):
+        file.write_text(pipeline.replace("NAME", "tool") + "---\n" + broken)
+        assert len(cli("apply", "-f", file, code=2).stderr.splitlines()) == 1
+        file.write_text(pipeline.replace("NAME", "other") + "---\n" + broken)
+        assert "unknown software 'other'" in cli("apply", "-f", file, code=2).stderr.splitlines()[0]
+
+
+def test_faults_of_files_are_told_without_a_database(nothing: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(FIVE_FAULTS)
+    for words in (("apply",), ("diff",)):
+        assert [line.split(": ")[1] for line in nothing(*words, "-f", file, code=2).stderr.splitlines()] == [
+            f"{file}:3",
+            f"{file}:6",
+        ]
+    file.write_text("kind: site\nname: here\n")
+    assert "wfm up" in nothing("apply", "-f", file, code=1).stderr
 
 
 def test_apply_says_what_changes_and_what_it_touches(processed: Cli, home: Path) -> None:

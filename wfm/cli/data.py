@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from wfm.cli import context, output
-from wfm.cli.definitions import apply_documents, read_documents
+from wfm.cli.definitions import apply_documents, deployment_for, read_documents
 from wfm.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _add_documents(files: Sequence[str], reason: str, as_json: bool) -> None:
     read = read_documents(files)
     if others := sorted({d.kind for d in read.items} - {"raw_data_package"}):
         raise UsageError(f"documents of kind {', '.join(others)} are for `wfm apply -f`")
-    with context.deployment() as d:
+    with deployment_for(read) as d:
         effect = d.write(lambda tx: apply_documents(tx, read, d.location, reason))
     counts: dict[str, int] = defaultdict(int)
     for change in effect.changes:

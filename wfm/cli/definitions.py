@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from msgspec import Struct
 
 from wfm.cli import context, output
 from wfm.cli.system import show_coverage
-from wfm.errors import NotFoundError, UsageError
+from wfm.errors import DocumentError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from wfm.documents import Change, Documents
@@ -35,7 +36,7 @@ def read_documents(files: Sequence[str]) -> Documents:
     """The documents of some YAML files; ``-`` is standard input.
 
     Raises:
-        UsageError: no file is named. NotFoundError: one does not exist. DocumentError: with all faults of all files.
+        UsageError: no file is named, or one cannot be read. NotFoundError: one does not exist.
     """
     from wfm import documents
 
@@ -51,6 +52,20 @@ def read_documents(files: Sequence[str]) -> Documents:
             raise UsageError(f"{file} cannot be read: {e}") from e
         texts.append(("standard input" if file == "-" else file, text))
     return documents.load(texts)
+
+
+@contextmanager
+def deployment_for(read: Documents) -> Iterator[context.Deployment]:
+    """The configured deployment. Where it cannot be asked, the faults that are known without it are told at least."""
+    from wfm.yamltext import refuse
+
+    try:
+        with context.deployment() as d:
+            yield d
+    except Exception as e:
+        if not isinstance(e, DocumentError):
+            refuse(read.faults)
+        raise
 
 
 def apply_documents(tx: Tx, read: Documents, location_id: int, reason: str = "") -> Effect:
@@ -104,7 +119,7 @@ def apply(files: tuple[str, ...], more: tuple[str, ...], reason: str, as_json: b
     Example:  wfm apply -f pipelines/*.yaml --reason "line fit 1.3"
     """
     read = read_documents([*files, *more])
-    with context.deployment() as d:
+    with deployment_for(read) as d:
         effect = d.write(lambda tx: apply_documents(tx, read, d.location, reason))
     if as_json:
         output.document(effect)
@@ -123,7 +138,7 @@ def diff(files: tuple[str, ...], more: tuple[str, ...], as_json: bool) -> None:
     Example:  wfm diff -f pipelines/*.yaml
     """
     read = read_documents([*files, *more])
-    with context.deployment() as d, d.read() as tx:
+    with deployment_for(read) as d, d.read() as tx:
         effect = apply_documents(tx, read, d.location)
         tx.conn.rollback()
     if as_json:
