@@ -23,6 +23,7 @@ from wfm.decide import MoveFacts, Verdict, backoff, judge
 from wfm.errors import HeldError, InputError, OutputError, UnavailableError
 from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan, attempt_directory
 from wfm.model import Actor, FailureClass, JobRef, JobSpec, JobStatus, Report, Resources, Role, RunState, TaskKind
+from wfm.schema import UNITS_INSIDE
 from wfm.staging import StagingPolicy, stage
 from wfm.store import Move, RunRow, TaskRow, Tx, encode, failed
 from wfm.tasks import Kind, Outcome
@@ -164,15 +165,12 @@ def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
     """Fix which upstream results runs read: those that coverage rests on now."""
     tx.run("DELETE FROM run_input WHERE run_id = ANY(:ids)", ids=list(run_ids))
     tx.run(
-        """
+        f"""
         INSERT INTO run_input (run_id, upstream_run_id)
-        SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id
+        SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN unit u ON u.id = r.unit_id
         JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
-        CROSS JOIN LATERAL (
-            SELECT r.unit_id AS unit_id WHERE us.dims = s.dims
-            UNION ALL SELECT lu.id FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
-            WHERE e.upper_id = r.unit_id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l
-        JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.unit_id) AND c.state = 'covered'
+        CROSS JOIN LATERAL ({UNITS_INSIDE}) l
+        JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'covered'
         WHERE r.id = ANY(:ids)
         """,
         ids=list(run_ids),

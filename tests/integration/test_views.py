@@ -1207,6 +1207,37 @@ def test_lineage_as_a_flowchart(conn: Connection, night: Night) -> None:
     assert '[("package a#34;#93;#59; b#35;#60;i#62;#96;")]' in views.mermaid(awkward)
 
 
+# --- what lies in a unit ---
+
+
+def test_units_of_an_upstream_step_that_lie_in_a_unit(conn: Connection, night: Night) -> None:
+    """The one rule for what a unit waits for, what its run reads, and what its digest is made of."""
+    night.unit("maps", SCAN, "elsewhere")
+    night.package("p5", "elsewhere", source="M51")
+    night.unit("maps", LINE, "co")
+    night.package("p6", "co")
+    night.conn.execute(insert(schema.unit_edge).values(upper_id=night.units["ngc253"], lower_id=night.units["co"]))
+    night.step("maps", "flag", SCAN, after=("calibrate",))
+
+    def inside(step: str, unit: str) -> list[str]:
+        found = conn.execute(
+            text(
+                f"""
+                SELECT l.key FROM reduction_step s JOIN step_dependency d ON d.step_id = s.id
+                JOIN reduction_step us ON us.id = d.upstream_id JOIN unit u ON u.id = :unit
+                JOIN LATERAL ({schema.UNITS_INSIDE}) l ON true WHERE s.id = :step ORDER BY l.key
+                """
+            ),
+            {"step": night.steps[step], "unit": night.units[unit]},
+        )
+        return list(found.scalars())
+
+    assert inside("map", "ngc253") == ["scan-1", "scan-2", "scan-3"]  # not of other dimensions, not of other sources
+    assert inside("flag", "scan-2") == ["scan-2"]  # of the same dimensions: the unit itself
+    night.leave("p4", "scan-3")
+    assert inside("map", "ngc253") == ["scan-1", "scan-2"]  # not what has lost all its members
+
+
 # --- lists ---
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, exists, literal, select, union_all
 
 from wfm import grouping
 from wfm.model import CoverageState, RunState, TriggerType, Why
+from wfm.schema import UNITS_INSIDE
 from wfm.store import WITHDRAWN
 from wfm.views.sql import (
     _ACTIVE,
@@ -102,12 +103,9 @@ CHANGE: dict[Why, str] = {
 _FIRST = 3
 
 # For a step s and its unit u: each step us it depends on, with the units l of us that lie in u.
-_BELOW = """
+_BELOW = f"""
 JOIN step_dependency d ON d.step_id = s.id JOIN reduction_step us ON us.id = d.upstream_id
-JOIN LATERAL (
-    SELECT u.id, u.key WHERE us.dims = s.dims
-    UNION ALL SELECT lu.id, lu.key FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
-    WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l ON true
+JOIN LATERAL ({UNITS_INSIDE}) l ON true
 """
 _BRIEF = "r.id, r.state, r.attempt, r.waiting_for, r.failure, r.exit_code, r.message"
 # For a row of coverage c: the run that failed or was cancelled, of the wanted digest before others.
