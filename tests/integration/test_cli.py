@@ -518,6 +518,11 @@ def test_names_that_do_not_exist(cli: Cli) -> None:
     assert "did you mean 'demo'" in cli("get", "pipeline", "demoo", code=3).stderr
     assert "did you mean 'demo'" in cli("why", "demoo", code=3).stderr
     cli("runs", "show", 999, code=3)
+    for command in ("list", "tail"):
+        assert "unknown run 999; " in cli("events", command, "--run", 999, code=3).stderr
+        assert "did you mean 'demo'" in cli("events", command, "--pipeline", "demoo", code=3).stderr
+        assert "unknown unit 'nosuch'" in cli("events", command, "--unit", "nosuch", code=3).stderr
+        assert "did you mean 'run.failed'" in cli("events", command, "--type", "run.faild", code=2).stderr
     cli("lineage", "nosuch", code=3)
     cli("trigger", "nosuch", code=3)
     cli("apply", "-f", "nosuch.yaml", code=3)

@@ -803,8 +803,10 @@ def test_events_filters(conn: Connection, night: Night) -> None:
     now = datetime.now(UTC)
     assert types(since=now + hour) == types(until=now - hour) == []
     assert types(since=now - hour, until=now + hour) == types()
-    with pytest.raises(NotFoundError, match=r"unknown event type 'run\.faild', did you mean 'run\.failed'"):
+    with pytest.raises(UsageError, match=r"unknown event type 'run\.faild', did you mean 'run\.failed'"):
         views.events(conn, type="run.faild")
+    with pytest.raises(NotFoundError, match="unknown run 999999"):
+        views.events(conn, run=999_999)
     with pytest.raises(NotFoundError, match="did you mean 'maps'"):
         views.events(conn, pipeline="map")
     with pytest.raises(NotFoundError, match="unknown unit 'scan'"):

@@ -72,7 +72,7 @@ def list_(
             location_id=d.location,
             run=run,
             pipeline=pipeline,
-            unit=unit,
+            unit=context.full_key(tx, pipeline, unit) if pipeline else unit,
             type=type_,
             since=since,
             until=until,
@@ -163,6 +163,9 @@ def tail(
 
     about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "type": type_}
     with context.deployment() as d:
+        if pipeline:
+            with d.read() as tx:
+                about["unit"] = context.full_key(tx, pipeline, unit)
         if after is None:
             with d.read() as tx:
                 after = views.events(tx.conn, location_id=d.location, newest=True, limit=1, **about).cursor
