@@ -211,6 +211,18 @@ def test_every_command_has_help_with_an_example(path: tuple[str, ...], nothing: 
     assert "Example:  wfm " + " ".join(path).replace("celery-worker", "worker") in said
 
 
+PRINTS_NO_DATA = {
+    *("up", "down", "demo", "trigger-manager", "workflow-manager", "worker", "celery-worker", "result-manager"),
+    *("runs logs", "completion"),
+}
+"""These say how they get on, or print a text that is not ours."""
+
+
+def test_every_command_that_prints_data_takes_json() -> None:
+    without = {" ".join(path) for path, command in commands(wfm) if not any("--json" in p.opts for p in command.params)}
+    assert without == PRINTS_NO_DATA
+
+
 def test_help_lists_every_command(nothing: Cli) -> None:
     said = nothing("--help").stdout
     for name in set(wfm.commands) - {"celery-worker"}:
@@ -309,6 +321,11 @@ def test_an_interrupt_is_quiet(processed: Cli) -> None:
 def test_charts_need_no_database(nothing: Cli, tmp_path: Path) -> None:
     assert "no fault" in nothing("charts", "check").stdout
     assert nothing("charts", "show").stdout.startswith("stateDiagram-v2")
+    (checked,) = nothing.json("charts", "check")
+    chart = nothing.json("charts", "show")
+    assert (chart["name"], chart["initial"]) == (checked["name"], "PENDING")
+    assert (len(chart["states"]), len(chart["transitions"])) == (checked["states"], checked["transitions"])
+    assert {"trigger", "source", "dest", "guard"} <= chart["transitions"][0].keys()
     nothing("charts", "show", "--version", 99, code=3)
     nothing("charts", "check", tmp_path / "nosuch.yaml", code=3)
     chart = tmp_path / "broken.yaml"
@@ -326,8 +343,8 @@ def test_tables_are_made_and_checked(nothing: Cli, servers: Servers) -> None:
         assert "`wfm db upgrade`" in nothing("runs", "list", code=2).stderr
         assert "`wfm db upgrade`" in nothing("worker", code=2).stderr
         assert nothing.json("db", "check", code=1)["revision"] is None
-        nothing("db", "upgrade")
-        nothing("db", "upgrade")
+        first, again = nothing.json("db", "upgrade"), nothing.json("db", "upgrade")
+        assert (first["before"], again["before"]) == (None, first["revision"])
         found = nothing.json("db", "check")
         assert found["revision"] == found["newest"]
         assert found["differences"] == []
@@ -531,7 +548,7 @@ def test_names_that_do_not_exist(cli: Cli) -> None:
 def test_delete_refuses_what_is_used(cli: Cli) -> None:
     assert "everything" in cli("delete", "grouping", "everything", code=1).stderr
     cli("apply", "-f", "-", stdin="kind: source\nname: M82\n")
-    assert "deleted" in cli("delete", "source", "M82").stdout
+    assert cli.json("delete", "source", "M82") == {"kind": "source", "name": "M82", "deleted": True}
     cli("get", "source", "M82", code=3)
 
 
@@ -637,14 +654,14 @@ def test_watch_cancel_and_retry(processed: Cli) -> None:
 
     refused = processed("runs", "cancel", run["id"], code=1)
     assert f"run {run['id']}: refused" in refused.stderr
-    processed("resume", "slow")
+    assert processed.json("resume", "slow") == {"pipeline": "slow", "step": None, "paused": False}
     assert processed.json("runs", "retry", run["id"])["moved"] == {str(run["id"]): "PENDING"}
     processed("runs", "cancel", run["id"], "--reason", "enough")
     processed("runs", "watch", run["id"], code=1)
 
 
 def test_logs_follow_a_job_to_its_end(processed: Cli) -> None:
-    processed("trigger", "bad/break")
+    assert processed.json("trigger", "bad/break") == {"pipeline": "bad", "step": "break", "units": 1}
     run = wait_until(lambda: next(iter(processed.json("runs", "list", "--pipeline", "bad")), None))
     assert "does not like its input" in processed("runs", "logs", run["id"], "-f").stdout
     processed("runs", "watch", run["id"], code=1)
@@ -656,7 +673,7 @@ def test_enable_and_disable(processed: Cli) -> None:
     assert processed("disable", "slow").stdout == "slow is disabled\n"
     wait_until(lambda: not processed.json("status")["counts"]["pending"])
     assert processed.json("get", "pipeline", "slow")[0]["enabled"] is False
-    assert processed("enable", "slow").stdout == "slow is enabled\n"
+    assert processed.json("enable", "slow") == {"pipeline": "slow", "enabled": True}
 
 
 def test_try_registers_nothing(processed: Cli, tmp_path: Path) -> None:
@@ -731,11 +748,12 @@ def test_dead_letters(processed: Cli, tmp_path: Path) -> None:
     assert processed.json("events", "dead", "show", letter["id"])["text"] == "this is no JSON"
     processed("events", "dead", "resend", letter["id"], code=1, **without_redis(processed, tmp_path))
     assert processed.json("events", "dead", "list") == [letter]
-    processed("events", "dead", "resend", letter["id"])
+    assert processed.json("events", "dead", "resend", letter["id"]) == {"resent": 1}
     (second,) = wait_until(lambda: processed.json("events", "dead", "list"))
     assert second["id"] != letter["id"]
     assert "dropped 1 message" in processed("events", "dead", "drop", second["id"], "--reason", "a test").stdout
     assert processed.json("events", "dead", "list") == []
+    assert processed.json("events", "replay", "--all").keys() == {"published"}
     assert len(processed.json("events", "dead", "list", "--state", "all")) == 2
     processed("events", "dead", "drop", second["id"], code=3)
     processed("events", "dead", "show", 999, code=3)

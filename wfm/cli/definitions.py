@@ -198,7 +198,8 @@ def get(kind: str, name: str | None, as_json: bool) -> None:
 @click.argument("kind", type=Kind())
 @click.argument("name")
 @context.reason
-def delete(kind: str, name: str, reason: str) -> None:
+@output.as_json
+def delete(kind: str, name: str, reason: str, as_json: bool) -> None:
     """Delete a thing that nothing uses. The history of runs stays.
 
     \b
@@ -213,7 +214,7 @@ def delete(kind: str, name: str, reason: str) -> None:
 
     with context.deployment() as d:
         d.write(work)
-    click.echo(f"{kind} {name}: deleted")
+    output.done(as_json, {"kind": kind, "name": name, "deleted": True}, f"{kind} {name}: deleted")
 
 
 # --- pipelines ---
@@ -225,7 +226,8 @@ _target = click.argument("target", metavar="PIPELINE[/STEP]")
 @_target
 @click.argument("unit", required=False)
 @context.reason
-def trigger(target: str, unit: str | None, reason: str) -> None:
+@output.as_json
+def trigger(target: str, unit: str | None, reason: str, as_json: bool) -> None:
     """Ask for gaps to run now: of a pipeline, of one step, of one unit.
 
     This is how pipelines with `trigger: MANUAL` run. What is covered stays covered.
@@ -243,15 +245,18 @@ def trigger(target: str, unit: str | None, reason: str) -> None:
 
     with context.deployment() as d:
         asked = d.write(work)
-    click.echo(
-        f"asked for the gaps among {output.plural(asked, 'unit')}; `wfm why {target}` shows what becomes of them"
+    output.done(
+        as_json,
+        {"pipeline": pipeline, "step": step, "units": asked},
+        f"asked for the gaps among {output.plural(asked, 'unit')}; `wfm why {target}` shows what becomes of them",
     )
 
 
 @click.command()
 @_target
 @context.reason
-def pause(target: str, reason: str) -> None:
+@output.as_json
+def pause(target: str, reason: str, as_json: bool) -> None:
     """Start nothing new in a pipeline or step; what runs goes on.
 
     \b
@@ -259,15 +264,18 @@ def pause(target: str, reason: str) -> None:
     """
     from wfm import acts
 
+    pipeline, step = context.split(target)
     with context.deployment() as d:
-        d.write(lambda tx: acts.pause(tx, *context.split(target), context.actor(reason)))
-    click.echo(f"{target} is paused; `wfm resume {target}` lets it go on")
+        d.write(lambda tx: acts.pause(tx, pipeline, step, context.actor(reason)))
+    said = f"{target} is paused; `wfm resume {target}` lets it go on"
+    output.done(as_json, {"pipeline": pipeline, "step": step, "paused": True}, said)
 
 
 @click.command()
 @_target
 @context.reason
-def resume(target: str, reason: str) -> None:
+@output.as_json
+def resume(target: str, reason: str, as_json: bool) -> None:
     """Undo `wfm pause`.
 
     \b
@@ -275,38 +283,42 @@ def resume(target: str, reason: str) -> None:
     """
     from wfm import acts
 
+    pipeline, step = context.split(target)
     with context.deployment() as d:
-        d.write(lambda tx: acts.resume(tx, *context.split(target), context.actor(reason)))
-    click.echo(f"{target} goes on")
+        d.write(lambda tx: acts.resume(tx, pipeline, step, context.actor(reason)))
+    output.done(as_json, {"pipeline": pipeline, "step": step, "paused": False}, f"{target} goes on")
 
 
 @click.command()
 @click.argument("pipeline")
 @context.reason
-def enable(pipeline: str, reason: str) -> None:
+@output.as_json
+def enable(pipeline: str, reason: str, as_json: bool) -> None:
     """Let a pipeline work.
 
     \b
     Example:  wfm enable ngc253-co
     """
-    _set_enabled(pipeline, True, reason)
+    _set_enabled(pipeline, True, reason, as_json)
 
 
 @click.command()
 @click.argument("pipeline")
 @context.reason
-def disable(pipeline: str, reason: str) -> None:
+@output.as_json
+def disable(pipeline: str, reason: str, as_json: bool) -> None:
     """Have a pipeline do nothing until `wfm enable`; what runs goes on.
 
     \b
     Example:  wfm disable ngc253-co --reason "season is over"
     """
-    _set_enabled(pipeline, False, reason)
+    _set_enabled(pipeline, False, reason, as_json)
 
 
-def _set_enabled(pipeline: str, enabled: bool, reason: str) -> None:
+def _set_enabled(pipeline: str, enabled: bool, reason: str, as_json: bool) -> None:
     from wfm import acts
 
     with context.deployment() as d:
         d.write(lambda tx: acts.set_enabled(tx, pipeline, enabled, context.actor(reason)))
-    click.echo(f"{pipeline} is {'enabled' if enabled else 'disabled'}")
+    said = f"{pipeline} is {'enabled' if enabled else 'disabled'}"
+    output.done(as_json, {"pipeline": pipeline, "enabled": enabled}, said)
