@@ -185,13 +185,13 @@ def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
     """
     rows = tx.all(
         """
-        SELECT r.id, p.name AS package, p.item <> m.item AS changed, f.name, f.size, f.checksum, c.roots
+        SELECT r.id, p.name AS package, p.item <> m.item AS changed, f.name, f.size, f.checksum, c.places
         FROM run r
         JOIN unit_member m ON m.unit_id = r.unit_id AND m.added <= r.generation
             AND (m.removed IS NULL OR m.removed > r.generation)
         JOIN raw_data_package p ON p.id = m.package_id JOIN raw_data_file f ON f.package_id = p.id
         LEFT JOIN LATERAL (
-            SELECT jsonb_agg(jsonb_build_array(l.root, pc.path) ORDER BY l.priority DESC, l.id) AS roots
+            SELECT jsonb_agg(jsonb_build_array(l.name, l.root, pc.path) ORDER BY l.priority DESC, l.id) AS places
             FROM physical_copy pc JOIN data_location l ON l.id = pc.location_id
             WHERE pc.package_id = p.id AND pc.status IN ('present', 'staged') AND l.storage = 'disk') c ON true
         WHERE r.id = ANY(:ids) AND NOT EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = r.step_id)
@@ -203,8 +203,15 @@ def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
     for r in rows:
         if r.changed:
             raise InputError(f"package {r.package} was registered with other content after run {r.id} was made")
-        places = tuple(os.path.join(root, path, r.name) for root, path in r.roots or ())
-        found[r.id].append(InputFile(package=r.package, name=r.name, size=r.size, checksum=r.checksum, sources=places))
+        file = InputFile(
+            package=r.package,
+            name=r.name,
+            size=r.size,
+            checksum=r.checksum,
+            sources=tuple(os.path.join(root, path, r.name) for _, root, path in r.places or ()),
+            roots={location: root for location, root, _ in r.places or ()},
+        )
+        found[r.id].append(file)
     return found
 
 
