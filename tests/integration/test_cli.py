@@ -367,7 +367,7 @@ def test_up_status_down(tmp_path: Path) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('this is not the queue of Python')")
     elsewhere = Cli({**environ(home), "WFM_HOME": "", "CCAT_WORKFLOW_MANAGER_HOME": "home"})
     try:
-        elsewhere.process("up", cwd=tmp_path)
+        assert elsewhere.process("up", cwd=tmp_path).startswith(f"home {home}\n")
         first = cli.json("status")
         assert first["running"]
         assert [r["name"] for r in first["roles"]] == [
@@ -396,6 +396,22 @@ def test_up_status_down(tmp_path: Path) -> None:
     assert processes_of(home) == {}
     assert not [s for s in cli.json("status", code=1)["servers"] if s["state"] == "ok"]
     assert "nothing ran" in cli.process("down")
+
+
+def test_up_and_down_in_a_subfolder_are_those_of_the_project_and_say_so(tmp_path: Path) -> None:
+    home, below = tmp_path / ".wfm", tmp_path / "pipelines"
+    home.mkdir()
+    below.mkdir()
+    cli = Cli({**environ(home), "WFM_HOME": ""})
+    try:
+        said = cli.process("up", cwd=below)
+        assert said.startswith(f"home {home} (found above the working directory; ")
+        assert json.loads(cli.process("status", "--json", cwd=below))["home"] == str(home)
+    finally:
+        said = cli.process("down", cwd=below)
+    assert said.startswith(f"home {home} (found above the working directory; ")
+    assert not (below / ".wfm").exists()
+    assert processes_of(home) == {}
 
 
 def test_a_role_that_does_not_start_is_named_with_its_log(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,8 @@ def up(workers: int, concurrency: int) -> None:
     """Start the whole system on this machine.
 
     Postgres and Valkey of its own (unless servers are configured), and the four roles as background processes. What
-    runs goes on; what died is started again. Its state lies in the directory .wfm, or where WFM_HOME says.
+    runs goes on; what died is started again. Its state lies where WFM_HOME says; else in .wfm of this directory, or of
+    the nearest one above that has it.
 
     \b
     Example:  wfm up --workers 2 -c 8
@@ -183,6 +184,7 @@ def up(workers: int, concurrency: int) -> None:
     from wfm.service import open_bus
 
     settings = context.load_settings()
+    click.echo(settings.which_home)
     with lock(settings.home):
         if settings.embedded:
             servers = Embedded(settings.home)
@@ -271,6 +273,7 @@ def down() -> None:
     if not home.exists():
         click.echo(f"nothing ran in {home}")
         return
+    click.echo(settings.which_home)
     with lock(home):
         roles = [daemon for _, daemon in _daemons(home)]
         with ThreadPoolExecutor(max(len(roles), 1)) as pool:
