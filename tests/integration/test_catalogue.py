@@ -901,8 +901,8 @@ def test_everything_that_does_not_fit_the_database_comes_together(conn: Connecti
         """
         % ("0" * 64),
     ) == [
-        "0.yaml:3: unknown instrument 'CHAI'",
-        "0.yaml:7: unknown source 'NGC253'",
+        "0.yaml:3: unknown instrument 'CHAI'; there are none yet",
+        "0.yaml:7: unknown source 'NGC253'; there are none yet",
         "1.yaml:3: unknown grouping 'everythin', did you mean 'everything'?; allowed: everything",
         "1.yaml:4: location 'archive' is of type long_term_archive; allowed: processing",
         "1.yaml:8: unknown version of 'sw' '1.0.1', did you mean '1.0.0'?; allowed: 1.0.0",

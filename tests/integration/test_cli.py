@@ -559,6 +559,8 @@ def test_names_that_do_not_exist(cli: Cli) -> None:
     cli("lineage", "nosuch", code=3)
     cli("trigger", "nosuch", code=3)
     cli("apply", "-f", "nosuch.yaml", code=3)
+    assert "nosuch.fits does not exist" in cli("data", "add", "nosuch.fits", "--package", "x", code=3).stderr
+    cli("data", "scan", "nosuch", "--pattern", "*", code=3)
 
 
 def test_delete_refuses_what_is_used(cli: Cli) -> None:
@@ -683,6 +685,9 @@ def test_logs_follow_a_job_to_its_end(processed: Cli) -> None:
     processed("runs", "watch", run["id"], code=1)
     (line,) = processed.json("why", "bad")
     assert (line["state"], line["why"]) == ("blocked", "failed")
+    history = processed.json("runs", "show", run["id"])["history"]
+    assert (history[-1]["dest"], history[-1]["reason"]) == ("FAILED", line["failed"]["message"])
+    assert "nothing is under way" in processed("runs", "watch").stderr
 
 
 def test_enable_and_disable(processed: Cli) -> None:

@@ -531,6 +531,10 @@ def test_why_of_a_failure(conn: Connection, night: Night) -> None:
     assert line.failed is not None
     assert (line.failed.id, line.failed.failure, line.failed.exit_code) == (night.failed, "exit", 3)
     assert line.failed.message == "the software left with code 3"
+    logs = f" (`wfm runs logs {night.failed}` shows what it said)"
+    assert line.change == f"fix the cause, then `wfm runs retry {night.failed}`{logs}; or new input, version or config"
+    night.set(schema.run, night.failed, exit_code=None)  # nothing ran
+    (line,) = why(conn, "scan-2")
     assert line.change == f"fix the cause, then `wfm runs retry {night.failed}`; or new input, version or config"
 
 

@@ -94,7 +94,7 @@ CHANGE: dict[Why, str] = {
     Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`{cron}",
     Why.PAUSED: "`wfm resume {paused}`",
     Why.DISABLED: "{enable}",
-    Why.FAILED: "fix the cause, then `wfm runs retry {failed}`; or new input, version or config",
+    Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
     Why.CANCELLED: "`wfm runs retry {failed}`; or new input, version or config",
     Why.EMPTY: "a raw data package that belongs to this unit",
 }
@@ -286,6 +286,9 @@ def _change(s: _Situation) -> str:
         run=f"run {s.active.id}" if s.active else "its run",
         waiting=f"; it waits: {s.active.waiting_for}" if s.active and s.active.waiting_for else "",
         failed=s.failed.id if s.failed else "RUN",
+        logs=f" (`wfm runs logs {s.failed.id}` shows what it said)"
+        if s.failed and s.failed.exit_code is not None
+        else "",
         open=s.upstream_open,
         total=s.upstream_total,
         upstream=", ".join(upstream) + (", ..." if len(upstream) < s.upstream_open else "") or "none known yet",
