@@ -7,6 +7,8 @@ Where a setting comes from, the later source wins:
 3. the variable ``CCAT_WORKFLOW_MANAGER_<NAME>`` or, shorter, ``WFM_<NAME>``; an empty variable counts as not set.
    A secret may stand in a file named by ``<NAME>_FILE``. The database may also be given in parts (`DATABASE_PREFIX`).
 
+Where none of them gives the home, and the working directory has none, the nearest one above it is used, as with git.
+
 To add a setting, declare it in `Settings` (type, bounds, meaning, unit) and give its default in ``settings.toml``.
 """
 
@@ -30,6 +32,7 @@ DATABASE_PREFIX = "CCAT_OPS_DB_DATABASE_POSTGRESQL_"
 DATABASE_PARTS = ("host", "port", "database", "user", "password")
 Environment = Literal["localdev", "staging", "production"]
 SECTIONS = ("default", *get_args(Environment))
+HOME_ABOVE = "found above the working directory"
 SHIPPED_FILE = Path(__file__).with_name("settings.toml")
 
 Environ = Mapping[str, str]
@@ -62,7 +65,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         sources: for each setting, where its value comes from.
     """
 
-    home: Annotated[Path, about("directory of the state of `wfm up`; relative to the working directory")]
+    home: Annotated[
+        Path, about("directory of the state of `wfm up`; the default is looked for as git looks for its own")
+    ]
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], about("least severity that is logged")]
     hpc_backend: Annotated[Literal["local", "slurm", "kubernetes"], about("what runs jobs")]
     runtime: Annotated[Literal["none", "apptainer"], about("how local and Slurm jobs run their software")]
@@ -114,6 +119,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         """The same settings with the addresses of the embedded servers."""
         urls = {"database_url": _with_driver(database_url), "redis_url": redis_url}
         return msgspec.structs.replace(self, **urls, sources={**self.sources, **dict.fromkeys(urls, "embedded")})
+
+    @property
+    def which_home(self) -> str:
+        """The home for people, and how to have another one where it is that of a parent directory."""
+        above = self.sources.get("home") == HOME_ABOVE
+        more = f" ({HOME_ABOVE}; for a system of its own: `mkdir {self.home.name}` here first)" if above else ""
+        return f"home {self.home}{more}"
 
     def redis_address(self) -> tuple[str, dict[str, Any]]:
         """The URL and the keyword arguments (login, TLS files) for `redis.Redis.from_url`."""
@@ -167,6 +179,8 @@ def load(environ: Environ | None = None, files: Sequence[Path] = ()) -> Settings
     if faults:
         raise ConfigError(faults)
 
+    if sources["home"] == "default" and (above := _home_above(values["home"])):
+        values["home"], sources["home"] = above, HOME_ABOVE
     home = str(values["home"])
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
     values |= {name: Path(str(path).replace("{home}", home)).absolute() for name, path in paths.items()}
@@ -174,6 +188,18 @@ def load(environ: Environ | None = None, files: Sequence[Path] = ()) -> Settings
     sources["env"] = "ENV_FOR_DYNACONF" if environ.get("ENV_FOR_DYNACONF") else "default"
     warnings = tuple(_unknown_variables(environ))
     return Settings(**values, env=env, embedded=not values["database_url"], warnings=warnings, sources=sources)
+
+
+def _home_above(name: Path) -> Path | None:
+    """The nearest home above the working directory, if that has none itself.
+
+    Only one of our own: where others may write, as in /tmp, theirs would decide which programs and servers we trust.
+    """
+    here = Path.cwd()
+    if os.path.lexists(here / name):
+        return None
+    mine = (d / name for d in here.parents if os.path.isdir(d / name) and os.stat(d / name).st_uid == os.geteuid())
+    return next(mine, None)
 
 
 def _found(

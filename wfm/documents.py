@@ -10,30 +10,26 @@ from __future__ import annotations
 import graphlib
 import hashlib
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
 from decimal import Decimal
-from enum import StrEnum
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct, field, structs
 from packaging.version import InvalidVersion, Version
 from sqlalchemy import Column, ColumnElement, Connection, Table, func, or_, select, true, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects.postgresql import insert
 
-from wfm import catalogue, grouping, schema
+from wfm import catalogue, grouping, schema, yamltext
 from wfm.catalogue import LABEL, LABEL_TEXT, PackageIn, emit, lock, target, upsert
-from wfm.errors import DocumentError, NotFoundError, RefusedError, UsageError
+from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import PipelineChanged
-from wfm.grouping import storable, unknown
+from wfm.grouping import unknown
 from wfm.model import ACTIVE_STATES, Resources, TriggerType, VersionPolicy
+from wfm.yamltext import Document, Fault, Path, refuse
 
 Label = Annotated[str, Meta(pattern=LABEL, description=LABEL_TEXT)]
 DirectoryName = Annotated[
@@ -197,284 +193,23 @@ KINDS: dict[str, Kind] = {
 }
 """All kinds, each after those it refers to: the order in which documents are applied."""
 
-Path = tuple[str | int, ...]
-"""Keys and indices that lead to a part of a document."""
-
-Fault = tuple[str, int, str]
-"""File, line, message."""
-
-
-def _refuse(faults: Sequence[Fault]) -> None:
-    if faults:
-        # sorted() is stable: faults of one line stay in the order in which they were found.
-        ordered = sorted(faults, key=lambda fault: fault[:2])
-        raise DocumentError([f"{file}:{line}: {message}" for file, line, message in ordered])
-
-
-class Document(Struct, frozen=True):
-    """One document; `lines` says where each of its parts stands in `file`."""
-
-    kind: str
-    spec: Any
-    file: str
-    lines: dict[Path, int]
-
-    def fault(self, path: Path, message: str) -> Fault:
-        """A fault at a part of the document, or at the nearest part around it that is there."""
-        while path not in self.lines:
-            path = path[:-1]
-        return self.file, self.lines[path], message
-
 
 class Documents(Struct, frozen=True):
-    """Documents without faults of their own, in the order in which they are applied."""
+    """What some texts say, in the order in which it is applied.
+
+    Attributes:
+        faults: those that are found without a database. Documents with faults are refused when they are applied,
+            together with all that does not fit the database then.
+        unread: parts of the texts that could not be read, so that nobody knows what else they name.
+    """
 
     items: tuple[Document, ...]
+    faults: tuple[Fault, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def of(self, kind: str) -> dict[str, Document]:
         """The documents of a kind, by name."""
         return {d.spec.name: d for d in self.items if d.kind == kind}
-
-
-# --- YAML ---
-
-
-_TAG = "tag:yaml.org,2002:"
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML whose plain scalars follow version 1.2.
-
-    In PyYAML's version 1.1 the line NO (nitric oxide) is false, 12:30:49 is the number 45049, and 1e3 is a text.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name, filled below
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases are not supported: write it out", mark)
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever `_Loader` would not read as a text."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-    def text(self, value: str) -> yaml.ScalarNode:
-        # PyYAML folds at these line ends unless they are escaped, and reads them back as spaces.
-        return self.represent_scalar(_TAG + "str", value, style='"' if re.search("[\x85\u2028\u2029]", value) else None)
-
-
-_Dumper.add_representer(str, _Dumper.text)
-
-_SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
-    # tag: (pattern, first characters, constructor)
-    "null": (r"~|null|Null|NULL|", [*"~nN", ""], lambda _: None),
-    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"], lambda s: s.lower() == "true"),
-    "int": (
-        r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-        [*"-+0123456789"],
-        lambda s: int(s, 0 if s[:2] in ("0o", "0x") else 10),
-    ),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        [*"-+.0123456789"],
-        lambda s: float(s.lower().replace(".inf", "inf").replace(".nan", "nan")),
-    ),
-}
-for _name, (_pattern, _first, _) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
-
-
-def dump(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Documents (as `get` gives them) as YAML that `load` reads as the same."""
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, explicit_start=True)
-
-
-_BAD = object()
-"""Stands for a value that had a fault; the fault is noted."""
-
-
-class _Reader:
-    """Reads the documents of one file, and goes on after each fault."""
-
-    def __init__(self, file: str, faults: list[Fault]) -> None:
-        self.file = file
-        self.faults = faults
-        self.lines: dict[Path, int] = {}
-        self.faulty = False
-
-    def read(self, text: str) -> Iterator[Document]:
-        try:
-            loader = _Loader(text)
-            while loader.check_node():
-                node = loader.get_node()
-                if node is not None and node.tag != _TAG + "null":
-                    yield from self._document(node)
-        except yaml.MarkedYAMLError as e:
-            mark = e.problem_mark or e.context_mark
-            self._fault(mark.line + 1 if mark else 1, ", ".join(filter(None, (e.context, e.problem))))
-        except yaml.reader.ReaderError as e:
-            line = text.count("\n", 0, e.position) + 1
-            self._fault(line, f"the character #x{ord(text[e.position]):04x} is not allowed in YAML")
-        except RecursionError:
-            self._fault(1, "nested too deeply")
-
-    def _document(self, node: yaml.Node) -> Iterator[Document]:
-        self.lines = {(): _line(node)}
-        self.faulty = False
-        if not isinstance(node, yaml.MappingNode):
-            self._note(node, (), f"expected a document with kind and name, got {_shown(node)}")
-            return
-        named = [value for key, value in node.value if key.value == "kind"]
-        kind = named[0].value if named and isinstance(named[0], yaml.ScalarNode) else ""
-        if not named:
-            self._note(node, (), f"missing key 'kind'; allowed: {', '.join(KINDS)}")
-        elif kind not in KINDS:
-            self._note(named[0], (), unknown("kind", kind, KINDS))
-        else:
-            spec = self._struct(KINDS[kind].spec, node, (), beside=("kind",))
-            # A package is checked only if it could be read: its parts are needed for that.
-            if spec is not _BAD and not (self.faulty and isinstance(spec, PackageIn)):
-                yield Document(kind, spec, self.file, self.lines)
-
-    def _fault(self, line: int, message: str) -> None:
-        self.faults.append((self.file, line, message))
-
-    def _note(self, node: yaml.Node, path: Path, message: str) -> Any:
-        self.faulty = True
-        self._fault(_line(node), f"{_text(path)}: {message}" if path else message)
-        return _BAD
-
-    def _entries(self, node: yaml.MappingNode, path: Path) -> dict[str, yaml.Node]:
-        entries: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or not storable(key.value):
-                self._note(key, path, f"expected a text as key, got {_shown(key)}")
-            elif key.value in entries:
-                first = _line(entries[key.value])
-                self._note(key, path, f"key {key.value!r} comes twice (first in line {first})")
-            else:
-                entries[key.value] = value
-        return entries
-
-    def _struct(self, cls: type[Struct], node: yaml.Node, path: Path, beside: Sequence[str] = ()) -> Any:
-        if not isinstance(node, yaml.MappingNode):
-            return self._note(node, path, f"expected keys and values, got {_shown(node)}")
-        entries = self._entries(node, path)
-        fields = {f.encode_name: f for f in structs.fields(cls)}
-        keys = {key.value: key for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
-        for name in entries:
-            if name not in fields and name not in beside:
-                self._note(keys[name], path, unknown("key", name, [*beside, *fields]))
-        values: dict[str, Any] = {}
-        for name, f in fields.items():
-            value = _BAD
-            if name in entries:
-                value = self._value(f.type, entries[name], (*path, name))
-                if f.required and value == () and not entries[name].value:
-                    self._note(entries[name], (*path, name), "must not be empty")
-            elif f.required:
-                self._note(node, path, f"missing key {name!r}")
-            if value is not _BAD:
-                values[f.name] = value
-            elif f.required:
-                values[f.name] = () if get_origin(f.type) is tuple else ""
-        return cls(**values)
-
-    def _value(self, type_: Any, node: yaml.Node, path: Path) -> Any:
-        self.lines[path] = _line(node)
-        origin, args = get_origin(type_), get_args(type_)
-        if type_ is Any:
-            return self._plain(node, path)
-        if origin in (Union, UnionType):
-            if node.tag == _TAG + "null":
-                return None
-            (type_,) = (arg for arg in args if arg is not NoneType)
-            return self._value(type_, node, path)
-        if isinstance(type_, type) and issubclass(type_, Struct):
-            return self._struct(type_, node, path)
-        if origin is tuple:
-            if not isinstance(node, yaml.SequenceNode):
-                return self._note(node, path, f"expected a list, got {_shown(node)}")
-            items: list[Any] = []
-            for child in node.value:  # numbered as in the result, where `lines` is looked up
-                item = self._value(args[0], child, (*path, len(items)))
-                items += [] if item is _BAD else [item]
-            return tuple(items)
-        if origin is dict:
-            if not isinstance(node, yaml.MappingNode):
-                return self._note(node, path, f"expected keys and values, got {_shown(node)}")
-            found = {k: self._value(args[1], v, (*path, k)) for k, v in self._entries(node, path).items()}
-            return {k: v for k, v in found.items() if v is not _BAD}
-        return self._scalar(type_, node, path)
-
-    def _scalar(self, type_: Any, node: yaml.Node, path: Path) -> Any:
-        base = get_args(type_)[0] if get_origin(type_) is Annotated else type_
-        choices = get_args(base) if get_origin(base) is Literal else ()
-        if isinstance(base, type) and issubclass(base, StrEnum):
-            choices = tuple(base)
-        if not isinstance(node, yaml.ScalarNode):
-            return self._note(node, path, f"expected {_expected(type_)}, got {_shown(node)}")
-        value = self._plain(node, path)
-        if value is _BAD:
-            return _BAD
-        if (base is str or choices) and value is not None:
-            value = node.value  # as it is written: version 1.10 is not 1.1
-        if choices and value is not None and value not in choices:
-            return self._note(node, path, unknown(str(path[-1]), value, choices))
-        try:
-            return grouping.parse_time(node.value) if base is datetime else msgspec.convert(value, type_)
-        except (msgspec.ValidationError, ValueError, OverflowError):
-            self._note(node, path, f"expected {_expected(type_)}, got {_shown(node)}")
-            return value if base is str and value is not None else _BAD  # what refers to it by name is no fault more
-
-    def _plain(self, node: yaml.Node, path: Path) -> Any:
-        """A node as JSON value."""
-        if isinstance(node, yaml.SequenceNode):
-            items = [self._plain(item, (*path, n)) for n, item in enumerate(node.value)]
-            return [item for item in items if item is not _BAD]
-        if isinstance(node, yaml.MappingNode):
-            found = {k: self._plain(v, (*path, k)) for k, v in self._entries(node, path).items()}
-            return {k: v for k, v in found.items() if v is not _BAD}
-        tag = str(node.tag).removeprefix(_TAG)
-        if tag == "str" and storable(node.value):
-            return node.value
-        if tag == "str":
-            return self._note(node, path, f"{node.value!r} has characters that cannot be stored")
-        if tag not in _SCALARS:
-            return self._note(node, path, f"the tag {node.tag} is not allowed")
-        try:
-            value = _SCALARS[tag][2](node.value)
-        except ValueError:
-            return self._note(node, path, f"{_shown(node)} is not a {tag}")
-        if isinstance(value, float) and not math.isfinite(value):
-            return self._note(node, path, f"{_shown(node)} is not a finite number")
-        return value
-
-
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1
-
-
-def _text(path: Path) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
-
-
-def _shown(node: yaml.Node) -> str:
-    if isinstance(node, yaml.ScalarNode):
-        text = str(node.value)
-        return repr(text if len(text) <= 60 else text[:57] + "...") if node.tag != _TAG + "null" else "nothing"
-    return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"
-
-
-def _expected(type_: Any) -> str:
-    base, *notes = get_args(type_) if get_origin(type_) is Annotated else (type_,)
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", datetime: "an ISO 8601 time"}
-    described = [n.description for n in notes if isinstance(n, Meta) and n.description]
-    return described[0] if described else words.get(base) or f"one of {', '.join(get_args(base) or base)}"
 
 
 # --- faults of documents by themselves ---
@@ -484,27 +219,34 @@ _NoteAt = Callable[[Path, str], None]
 
 
 def load(sources: Sequence[tuple[str, str]]) -> Documents:
-    """Read documents and check all that can be checked without a database.
+    """Read documents, and find every fault that can be found without a database.
 
     Args:
         sources: (file name, YAML text) each; a text may hold many documents.
-
-    Raises:
-        DocumentError: with every fault of every file.
     """
-    faults: list[Fault] = []
-    found: dict[tuple[str, str], Document] = {}
-    for file, text in sources:
-        for document in _Reader(file, faults).read(text):
-            key = document.kind, document.spec.name
-            _check(document.spec, lambda path, message, d=document: faults.append(d.fault(path, message)))  # type: ignore[misc]
-            first = found.setdefault(key, document)
-            if first is not document and document.spec.name:
-                place = f"{first.file}:{first.lines[()]}"
-                faults.append(document.fault(("name",), f"{key[0]} {key[1]!r} comes twice (first in {place})"))
-    _refuse(faults)
+    reading = yamltext.read(sources, {name: kind.spec for name, kind in KINDS.items()})
+    faults = list(reading.faults)
+    found: list[Document] = []
+    first: dict[tuple[str, str], Document] = {}
+    for document in reading.documents:
+        own = _own_faults(document)
+        kind, name = key = document.kind, document.spec.name
+        if name and first.setdefault(key, document) is not document:
+            place = f"{first[key].file}:{first[key].lines[()]}"
+            own.append(document.fault(("name",), f"{kind} {name!r} comes twice (first in {place})"))
+        found.append(structs.replace(document, sound=document.sound and not own))
+        faults += own
     order = list(KINDS)
-    return Documents(tuple(sorted(found.values(), key=lambda d: order.index(d.kind))))
+    found.sort(key=lambda d: order.index(d.kind))
+    return Documents(tuple(found), tuple(faults), tuple(reading.unread))
+
+
+def _own_faults(document: Document) -> list[Fault]:
+    """What a document's parts have against each other."""
+    faults: list[Fault] = []
+    if document.sound or document.kind != "raw_data_package":  # that needs all parts of a package
+        _check(document.spec, lambda path, message: faults.append(document.fault(path, message)))
+    return faults
 
 
 def _check(spec: Any, note: _NoteAt) -> None:
@@ -764,18 +506,6 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[Difference]:
         yield Difference(path, old, new)
 
 
-def plan(conn: Connection, documents: Documents, *, location_id: int) -> list[Change]:
-    """What `apply` would change, one entry per document, in the order of their application.
-
-    Args:
-        location_id: the instance's own location, for pipelines that name none.
-
-    Raises:
-        DocumentError: with everything that does not fit the database.
-    """
-    return [c.change for c in _compare(conn, documents, location_id)]
-
-
 class _Compared(Struct, frozen=True):
     """A document, what there is (empty if nothing), what is to be, and how they differ."""
 
@@ -785,12 +515,17 @@ class _Compared(Struct, frozen=True):
     change: Change
 
 
+_Planned = Mapping[tuple[str, str], Mapping[str, Any]]
+"""By kind and name, what is to be; empty where it is not known."""
+
+
 def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_Compared]:
     own = _own_location(conn, documents, location_id)
     compared = []
     for kind in KINDS:
         named = documents.of(kind)
         if kind == "raw_data_package":
+            named = {name: document for name, document in named.items() if document.sound}  # all parts are needed
             at = {name: document.spec.location for name, document in named.items()}
             there = {n: _plain(p) for n, p in catalogue.read(conn, list(at), at=at).items()}
         else:
@@ -801,10 +536,12 @@ def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_
             differences = tuple(_differences(old, new))
             action: Literal["create", "update", "unchanged"] = "update" if differences else "unchanged"
             compared.append(_Compared(document, old, new, Change(kind, name, action if old else "create", differences)))
-    faults = [*_reference_faults(conn, documents), *_package_faults(conn, documents)]
+    faults = [*documents.faults, *_reference_faults(conn, documents), *_package_faults(conn, documents)]
+    # Of what has faults itself only the name is sure.
+    planned = {(c.document.kind, c.change.name): c.new if c.document.sound else {} for c in compared}
     for kind, check in (("location", _location_faults), ("software", _version_faults), ("pipeline", _pipeline_faults)):
-        faults += check(conn, [c for c in compared if c.document.kind == kind], compared)
-    _refuse(faults)
+        faults += check(conn, [c for c in compared if c.document.kind == kind], planned)
+    refuse(faults)
     return compared
 
 
@@ -850,6 +587,7 @@ def _references(spec: Struct, path: Path = ()) -> Iterator[tuple[Path, str, str]
 
 
 def _reference_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
+    """Names that nothing has; those that something unreadable may have are left for when it can be read."""
     known: dict[str, list[str]] = {}
     for document in documents.items:
         if document.kind == "raw_data_package":
@@ -857,19 +595,20 @@ def _reference_faults(conn: Connection, documents: Documents) -> Iterator[Fault]
         for path, kind, name in _references(document.spec):
             if kind not in known:
                 known[kind] = sorted({*_names(conn, kind), *documents.of(kind)})
-            if name not in known[kind]:
+            unsaid = not name and not document.sound  # it has a fault of its own there
+            if name not in known[kind] and not unsaid and not any(name in text for text in documents.unread):
                 yield document.fault(path, unknown(kind, name, known[kind]))
 
 
 def _package_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
-    packages = list(documents.of("raw_data_package").values())
+    packages = [p for p in documents.of("raw_data_package").values() if p.sound]
     if packages:
         planned = {kind.table.name: documents.of(name) for name, kind in KINDS.items()}
         for n, message in catalogue.check(conn, [p.spec for p in packages], planned=planned):
             yield packages[n].fault((), message)
 
 
-def _location_faults(conn: Connection, locations: Sequence[_Compared], _: Sequence[_Compared]) -> Iterator[Fault]:
+def _location_faults(conn: Connection, locations: Sequence[_Compared], _: _Planned) -> Iterator[Fault]:
     table = schema.data_location.c
     taken = {i: name for name, i in conn.execute(select(table.name, table.id))} if locations else {}
     for c in locations:
@@ -880,10 +619,12 @@ def _location_faults(conn: Connection, locations: Sequence[_Compared], _: Sequen
             yield c.document.fault(("id",), f"id {i} belongs to location {taken[i]!r}")
 
 
-def _version_faults(conn: Connection, software: Sequence[_Compared], _: Sequence[_Compared]) -> Iterator[Fault]:
+def _version_faults(conn: Connection, software: Sequence[_Compared], _: _Planned) -> Iterator[Fault]:
     """What a version runs is part of the history of its runs."""
     version, run = schema.software_version.c, schema.run.c
     for c in software:
+        if not c.document.sound:
+            continue  # what could not be read has not changed for that
         had = {v["version"]: v for v in c.old.get("versions", ())}
         for n, v in enumerate(c.document.spec.versions):
             new = next(w for w in c.new["versions"] if w["version"] == v.version)
@@ -903,13 +644,9 @@ def _version_faults(conn: Connection, software: Sequence[_Compared], _: Sequence
                 )
 
 
-def _pipeline_faults(
-    conn: Connection, pipelines: Sequence[_Compared], compared: Sequence[_Compared]
-) -> Iterator[Fault]:
-    planned = {(c.document.kind, c.change.name): c.new for c in compared}
-
+def _pipeline_faults(conn: Connection, pipelines: Sequence[_Compared], planned: _Planned) -> Iterator[Fault]:
     def thing(kind: str, name: str) -> Mapping[str, Any]:
-        return planned.get((kind, name)) or _read(conn, kind, [name]).get(name, {})
+        return planned[kind, name] if (kind, name) in planned else _read(conn, kind, [name]).get(name, {})
 
     for c in pipelines:
         name, location = c.change.name, c.new["location"]
@@ -924,8 +661,10 @@ def _pipeline_faults(
                 ("location",), f"pipeline {name!r} has results at {home!r} and cannot move to {location!r}"
             )
         for n, step in enumerate(c.document.spec.steps):
-            versions = [v["version"] for v in thing("software", step.software).get("versions", ())]
-            if step.version_policy is VersionPolicy.PINNED and step.version not in versions:
+            software = thing("software", step.software)
+            versions = [v["version"] for v in software.get("versions", ())]
+            pinned = step.version_policy is VersionPolicy.PINNED and step.version
+            if software and pinned and step.version not in versions:
                 message = unknown(f"version of {step.software!r}", step.version, versions)
                 yield c.document.fault(("steps", n, "version"), message)
 
@@ -958,7 +697,8 @@ def apply(conn: Connection, documents: Documents, *, location_id: int, actor: st
         location_id: the instance's own location, for pipelines that name none.
 
     Raises:
-        DocumentError: with everything that does not fit the database; nothing was written.
+        DocumentError: with every fault of the documents, and everything that does not fit the database; nothing was
+            written.
     """
     lock(conn)
     compared = _compare(conn, documents, location_id)

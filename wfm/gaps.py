@@ -32,6 +32,7 @@ from wfm.decide import (
     wanted_digest,
 )
 from wfm.model import FINAL_STATES, Actor, CoverageState, Resources, RunState, TriggerType, VersionPolicy
+from wfm.schema import UNITS_INSIDE
 from wfm.store import WITHDRAWN, Move, Tx, encode, result_hash
 
 Pair = tuple[int, int]
@@ -401,18 +402,15 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL (
             SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
-                SELECT us.name AS step, count(l.unit_id) AS total,
+                SELECT us.name AS step, count(l.id) AS total,
                     count(*) FILTER (WHERE uc.state = 'covered') AS covered,
                     count(*) FILTER (WHERE uc.state = 'blocked') AS blocked,
                     (coalesce(sum(uc.result) FILTER (WHERE uc.state = 'covered'), 0) % :modulus)::text AS digest,
                     coalesce(min(l.key) FILTER (WHERE uc.state = 'blocked'),
                         min(l.key) FILTER (WHERE uc.state IS DISTINCT FROM 'covered'), '') AS example
                 FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
-                LEFT JOIN LATERAL (
-                    SELECT u.id AS unit_id, u.key WHERE us.dims = s.dims
-                    UNION ALL SELECT lu.id, lu.key FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
-                    WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l ON true
-                LEFT JOIN coverage uc ON (uc.step_id, uc.unit_id) = (us.id, l.unit_id)
+                LEFT JOIN LATERAL ({UNITS_INSIDE}) l ON true
+                LEFT JOIN coverage uc ON (uc.step_id, uc.unit_id) = (us.id, l.id)
                 WHERE d.step_id = s.id GROUP BY us.name) z) up ON true
         """,
         steps=[p[0] for p in pairs],

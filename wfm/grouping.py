@@ -129,7 +129,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
 def unknown(what: str, name: object, allowed: Collection[str]) -> str:
     """The text for a name that does not exist: the nearest one that does, and all of them if they are few."""
     near = nearest(name, allowed)
-    listed = f"; allowed: {', '.join(allowed)}" if 0 < len(allowed) <= 20 else ""
+    listed = "" if len(allowed) > 20 else f"; allowed: {', '.join(allowed)}" if allowed else "; there are none yet"
     return f"unknown {what} {name!r}" + (f", did you mean {near!r}?" if near else "") + listed
 
 

@@ -96,6 +96,7 @@ class InputFile(Struct, frozen=True):
         size: bytes.
         checksum: ``sha256:`` and 64 hexadecimal digits.
         sources: absolute paths of its copies, best first.
+        roots: by name of the locations they lie at, the directory that is there as long as the location is.
     """
 
     package: str
@@ -103,6 +104,7 @@ class InputFile(Struct, frozen=True):
     size: int
     checksum: str
     sources: tuple[str, ...]
+    roots: dict[str, str] = {}
 
 
 class InputProduct(Struct, frozen=True):
@@ -145,6 +147,7 @@ class Input(Struct, frozen=True):
         size: bytes.
         checksum: ``sha256:`` and 64 hexadecimal digits.
         sources: absolute paths of its copies, best first.
+        roots: as in `InputFile`.
         raw: raw data; otherwise a result of an upstream step.
     """
 
@@ -153,6 +156,7 @@ class Input(Struct, frozen=True):
     size: int
     checksum: str
     sources: tuple[str, ...]
+    roots: dict[str, str]
     raw: bool
 
 
@@ -218,12 +222,12 @@ def inputs(plan: StagePlan) -> tuple[Input, ...]:
         InputError: a name leads out of its directory, or two files would have the same place.
     """
     found = [
-        Input(f"package {f.package}, file {f.name}", _file_path(f), f.size, f.checksum, f.sources, raw=True)
+        Input(f"package {f.package}, file {f.name}", _file_path(f), f.size, f.checksum, f.sources, f.roots, raw=True)
         for f in plan.files
     ]
     for p in plan.products:
         label = f"step {p.step}, unit {p.unit}, product {p.name} of run {p.run_id}"
-        found.append(Input(label, _product_path(p), p.size, p.checksum, (p.path,), raw=False))
+        found.append(Input(label, _product_path(p), p.size, p.checksum, (p.path,), {}, raw=False))
     found.sort(key=lambda i: i.path)
     faults = [
         f"{i.label}: the name leads out of its directory"

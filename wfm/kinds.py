@@ -23,6 +23,7 @@ from wfm.decide import MoveFacts, Verdict, backoff, judge
 from wfm.errors import HeldError, InputError, OutputError, UnavailableError
 from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan, attempt_directory
 from wfm.model import Actor, FailureClass, JobRef, JobSpec, JobStatus, Report, Resources, Role, RunState, TaskKind
+from wfm.schema import UNITS_INSIDE
 from wfm.staging import StagingPolicy, stage
 from wfm.store import Move, RunRow, TaskRow, Tx, encode, failed
 from wfm.tasks import Kind, Outcome
@@ -164,15 +165,12 @@ def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
     """Fix which upstream results runs read: those that coverage rests on now."""
     tx.run("DELETE FROM run_input WHERE run_id = ANY(:ids)", ids=list(run_ids))
     tx.run(
-        """
+        f"""
         INSERT INTO run_input (run_id, upstream_run_id)
-        SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id
+        SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN unit u ON u.id = r.unit_id
         JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
-        CROSS JOIN LATERAL (
-            SELECT r.unit_id AS unit_id WHERE us.dims = s.dims
-            UNION ALL SELECT lu.id FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
-            WHERE e.upper_id = r.unit_id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l
-        JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.unit_id) AND c.state = 'covered'
+        CROSS JOIN LATERAL ({UNITS_INSIDE}) l
+        JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'covered'
         WHERE r.id = ANY(:ids)
         """,
         ids=list(run_ids),
@@ -187,13 +185,13 @@ def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
     """
     rows = tx.all(
         """
-        SELECT r.id, p.name AS package, p.item <> m.item AS changed, f.name, f.size, f.checksum, c.roots
+        SELECT r.id, p.name AS package, p.item <> m.item AS changed, f.name, f.size, f.checksum, c.places
         FROM run r
         JOIN unit_member m ON m.unit_id = r.unit_id AND m.added <= r.generation
             AND (m.removed IS NULL OR m.removed > r.generation)
         JOIN raw_data_package p ON p.id = m.package_id JOIN raw_data_file f ON f.package_id = p.id
         LEFT JOIN LATERAL (
-            SELECT jsonb_agg(jsonb_build_array(l.root, pc.path) ORDER BY l.priority DESC, l.id) AS roots
+            SELECT jsonb_agg(jsonb_build_array(l.name, l.root, pc.path) ORDER BY l.priority DESC, l.id) AS places
             FROM physical_copy pc JOIN data_location l ON l.id = pc.location_id
             WHERE pc.package_id = p.id AND pc.status IN ('present', 'staged') AND l.storage = 'disk') c ON true
         WHERE r.id = ANY(:ids) AND NOT EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = r.step_id)
@@ -205,8 +203,15 @@ def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
     for r in rows:
         if r.changed:
             raise InputError(f"package {r.package} was registered with other content after run {r.id} was made")
-        places = tuple(os.path.join(root, path, r.name) for root, path in r.roots or ())
-        found[r.id].append(InputFile(package=r.package, name=r.name, size=r.size, checksum=r.checksum, sources=places))
+        file = InputFile(
+            package=r.package,
+            name=r.name,
+            size=r.size,
+            checksum=r.checksum,
+            sources=tuple(os.path.join(root, path, r.name) for _, root, path in r.places or ()),
+            roots={location: root for location, root, _ in r.places or ()},
+        )
+        found[r.id].append(file)
     return found
 
 

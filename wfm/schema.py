@@ -367,6 +367,16 @@ unit_edge = Table(
     Column("lower_id", BigInteger, ForeignKey("unit.id"), primary_key=True, index=True),
 )
 
+UNITS_INSIDE = """
+SELECT u.id, u.key WHERE us.dims = s.dims
+UNION ALL SELECT lu.id, lu.key FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
+WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0
+"""
+"""For a LATERAL join: the units (id, key) of step ``us``, on which step ``s`` depends, that lie in unit ``u`` of ``s``.
+
+What a unit waits for, what its run reads and what its digest is made of all come from here, so that they agree.
+"""
+
 coverage = Table(
     "coverage",
     metadata,

@@ -96,7 +96,7 @@ def stage(
 
     Raises:
         InputError: inputs have no good copy, or not in the way the policy insists on; every one with every place.
-        HeldError: there is no reachable copy, or too little disk space.
+        HeldError: there is no reachable copy, also since a location is away; or too little disk space.
         UnavailableError: a file system does not answer or refuses, or `alive` turned false.
         WfmError: the job of another plan has started in this directory.
     """
@@ -179,13 +179,15 @@ class _Search(Struct):
     Attributes:
         kept: a file of the right size is in place, from an earlier try.
         copies: path and way of placing of each copy that may be good, best first.
-        unreachable: copies that do not answer. absent: those that are not there, or not in the way the policy insists
-            on. bad: those that are not as they should be.
+        away: locations of copies, that are not there at all. unreachable: copies that do not answer.
+        absent: those that are not there, or not in the way the policy insists on.
+        bad: those that are not as they should be.
     """
 
     item: Input
     kept: bool
     copies: list[tuple[str, How]] = []
+    away: list[str] = []
     unreachable: list[str] = []
     absent: list[str] = []
     bad: list[str] = []
@@ -235,15 +237,28 @@ def _search(item: Input, directory: str, workshop: str, policy: StagingPolicy) -
                 search.copies.append((source, "copy"))
             else:
                 search.absent.append(f"{source} allows no {mode}, on which staging_mode = {mode} insists")
-        except _MISSING:
-            search.absent.append(f"{source} is missing")
         except OSError as error:
-            search.unreachable.append(str(error))
+            if location := _away(item, source):
+                search.away.append(location)
+            elif isinstance(error, _MISSING):
+                search.absent.append(f"{source} is missing")
+            else:
+                search.unreachable.append(str(error))
     return search
 
 
+def _away(item: Input, source: str) -> str | None:
+    """The location of a copy, if the root of all that lies there is no directory now: then nothing is missing yet."""
+    for location, root in item.roots.items():
+        if root and source.startswith(f"{root.rstrip('/')}/") and not os.path.isdir(root):
+            return f"location {location} is not there, no directory {root}"
+    return None
+
+
 def _insist(lost: Sequence[_Search]) -> None:
-    """End with what is wrong if there are inputs without a good copy; what does not answer may turn out good."""
+    """End with what is wrong if there are inputs without a good copy; what is away or does not answer may be good."""
+    if away := sorted({location for s in lost for location in s.away}):
+        raise HeldError(f"held: {jobs.listed(away, '; ')} (is it mounted?)")
     if unreachable := [text for s in lost for text in s.unreachable]:
         raise UnavailableError(f"inputs cannot be read: {jobs.listed(unreachable, '; ')}")
     if lost:

@@ -665,7 +665,7 @@ def failed(run: RunRow, failure: FailureClass, message: str, actor: Actor, due_i
     facts = MoveFacts(failure=failure, failures=run.failures, max_retries=run.max_retries)
     sets |= {"failure": failure, "message": message, "failures": run.failures + 1}
     sets["waiting_for"] = f"another attempt, {due_in:.3g} s after the last one: {message}"
-    return Move(run, "fail", actor, facts, sets, due_in)
+    return Move(run, "fail", Actor(actor.name, message), facts, sets, due_in)
 
 
 _RETRIED = {"40001", "40P01"}

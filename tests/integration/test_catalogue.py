@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, event, insert, text
 
 from tests.services import Servers
-from wfm import catalogue, documents, grouping, schema
+from wfm import catalogue, documents, grouping, schema, yamltext
 from wfm.catalogue import ExecutedObsUnitIn, FileIn, PackageIn, Registered, register, scan_files
 from wfm.errors import DocumentError, NotFoundError, RefusedError, UsageError
 from wfm.grouping import Rule, select_packages, validate_rules
@@ -599,12 +599,12 @@ def test_applying_twice_changes_nothing(conn: Connection) -> None:
     first = apply(conn, PIPELINE, SOFTWARE)
     assert actions(first) == {"create"}
     assert [c.kind for c in first.changes] == ["software", "config", "grouping", "pipeline"]
-    dump = documents.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
+    dump = yamltext.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
     again = apply(conn, SITE, SOFTWARE, PIPELINE)
     assert actions(again) == {"unchanged"}
     assert (again.pipeline_ids_changed, again.event_ids) == ([], [])
     assert rows(conn, "SELECT count(*) FROM config_revision") == [(1,)]
-    assert dump == documents.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
+    assert dump == yamltext.dump([d for kind in documents.KINDS for d in documents.get(conn, kind)])
 
 
 EVERYTHING = f"""
@@ -680,7 +680,7 @@ def test_what_get_gives_can_be_applied_as_unchanged(conn: Connection) -> None:
     apply(conn, EVERYTHING)
     found = [d for kind in documents.KINDS for d in documents.get(conn, kind)]
     assert {d["kind"] for d in found} == set(documents.KINDS)
-    for form in (documents.dump(found), "\n---\n".join(json.dumps(d) for d in found)):
+    for form in (yamltext.dump(found), "\n---\n".join(json.dumps(d) for d in found)):
         again = apply(conn, form)
         assert actions(again) == {"unchanged"}
         assert again.event_ids == []
@@ -689,13 +689,11 @@ def test_what_get_gives_can_be_applied_as_unchanged(conn: Connection) -> None:
     assert documents.get(conn, "software", "sw")[0]["versions"][0]["version"] == "1.10"
 
 
-def test_plan_says_what_would_change_and_changes_nothing(conn: Connection) -> None:
+def test_every_change_is_named_field_by_field(conn: Connection) -> None:
     apply(conn, SOFTWARE, PIPELINE)
     text_ = PIPELINE.replace("name: map", "name: grid").replace("config: cf", "config: cf, max_retries: 1")
-    loaded = documents.load([("a", SOFTWARE.replace("depth: 1", "depth: true, width: {x: 1}")), ("b", text_)])
-    before = documents.get(conn, "pipeline")
-    changes = {c.name: c for c in documents.plan(conn, loaded, location_id=7)}
-    assert documents.get(conn, "pipeline") == before
+    applied = apply(conn, SOFTWARE.replace("depth: 1", "depth: true, width: {x: 1}"), text_)
+    changes = {c.name: c for c in applied.changes}
     assert {n: c.action for n, c in changes.items()} == {
         "sw": "unchanged",
         "everything": "unchanged",
@@ -903,8 +901,8 @@ def test_everything_that_does_not_fit_the_database_comes_together(conn: Connecti
         """
         % ("0" * 64),
     ) == [
-        "0.yaml:3: unknown instrument 'CHAI'",
-        "0.yaml:7: unknown source 'NGC253'",
+        "0.yaml:3: unknown instrument 'CHAI'; there are none yet",
+        "0.yaml:7: unknown source 'NGC253'; there are none yet",
         "1.yaml:3: unknown grouping 'everythin', did you mean 'everything'?; allowed: everything",
         "1.yaml:4: location 'archive' is of type long_term_archive; allowed: processing",
         "1.yaml:8: unknown version of 'sw' '1.0.1', did you mean '1.0.0'?; allowed: 1.0.0",
@@ -1035,3 +1033,18 @@ def test_the_demonstrations_documents_apply(conn: Connection) -> None:
     demo = Path(documents.__file__).with_name("demo") / "pipeline.yaml"
     assert actions(apply(conn, demo.read_text())) == {"create"}
     assert actions(apply(conn, demo.read_text())) == {"unchanged"}
+
+
+def test_what_cannot_be_read_counts_as_unknown_and_not_as_changed(conn: Connection) -> None:
+    """One fault is one message: nothing that follows from it is told beside it."""
+    apply(conn, SOFTWARE, PIPELINE)
+    _run(conn)
+    assert refused(conn, SOFTWARE.replace("command: [sw]", "command: sw")) == [
+        "0.yaml:5: versions[0].command: expected a list, got 'sw'"
+    ]
+    newer = SOFTWARE.replace("version: 1.0.0", "version: two")
+    pinned = PIPELINE.replace("config: cf", "version: 2.0.0, version_policy: pinned")
+    assert refused(conn, newer, pinned) == ["0.yaml:5: 'two' is not a version such as 1.4.0"]
+    away = "kind: location\nname: away\nsite: chile\ntype: proccessing\n"
+    faults = refused(conn, away, PIPELINE.replace("name: chai", "name: other\nlocation: away"))
+    assert [fault.split(": ")[:2] for fault in faults] == [["0.yaml:4", "type"]]

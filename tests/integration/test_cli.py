@@ -211,6 +211,18 @@ def test_every_command_has_help_with_an_example(path: tuple[str, ...], nothing: 
     assert "Example:  wfm " + " ".join(path).replace("celery-worker", "worker") in said
 
 
+PRINTS_NO_DATA = {
+    *("up", "down", "demo", "trigger-manager", "workflow-manager", "worker", "celery-worker", "result-manager"),
+    *("runs logs", "completion"),
+}
+"""These say how they get on, or print a text that is not ours."""
+
+
+def test_every_command_that_prints_data_takes_json() -> None:
+    without = {" ".join(path) for path, command in commands(wfm) if not any("--json" in p.opts for p in command.params)}
+    assert without == PRINTS_NO_DATA
+
+
 def test_help_lists_every_command(nothing: Cli) -> None:
     said = nothing("--help").stdout
     for name in set(wfm.commands) - {"celery-worker"}:
@@ -309,6 +321,11 @@ def test_an_interrupt_is_quiet(processed: Cli) -> None:
 def test_charts_need_no_database(nothing: Cli, tmp_path: Path) -> None:
     assert "no fault" in nothing("charts", "check").stdout
     assert nothing("charts", "show").stdout.startswith("stateDiagram-v2")
+    (checked,) = nothing.json("charts", "check")
+    chart = nothing.json("charts", "show")
+    assert (chart["name"], chart["initial"]) == (checked["name"], "PENDING")
+    assert (len(chart["states"]), len(chart["transitions"])) == (checked["states"], checked["transitions"])
+    assert {"trigger", "source", "dest", "guard"} <= chart["transitions"][0].keys()
     nothing("charts", "show", "--version", 99, code=3)
     nothing("charts", "check", tmp_path / "nosuch.yaml", code=3)
     chart = tmp_path / "broken.yaml"
@@ -326,8 +343,8 @@ def test_tables_are_made_and_checked(nothing: Cli, servers: Servers) -> None:
         assert "`wfm db upgrade`" in nothing("runs", "list", code=2).stderr
         assert "`wfm db upgrade`" in nothing("worker", code=2).stderr
         assert nothing.json("db", "check", code=1)["revision"] is None
-        nothing("db", "upgrade")
-        nothing("db", "upgrade")
+        first, again = nothing.json("db", "upgrade"), nothing.json("db", "upgrade")
+        assert (first["before"], again["before"]) == (None, first["revision"])
         found = nothing.json("db", "check")
         assert found["revision"] == found["newest"]
         assert found["differences"] == []
@@ -350,7 +367,7 @@ def test_up_status_down(tmp_path: Path) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('this is not the queue of Python')")
     elsewhere = Cli({**environ(home), "WFM_HOME": "", "CCAT_WORKFLOW_MANAGER_HOME": "home"})
     try:
-        elsewhere.process("up", cwd=tmp_path)
+        assert elsewhere.process("up", cwd=tmp_path).startswith(f"home {home}\n")
         first = cli.json("status")
         assert first["running"]
         assert [r["name"] for r in first["roles"]] == [
@@ -379,6 +396,22 @@ def test_up_status_down(tmp_path: Path) -> None:
     assert processes_of(home) == {}
     assert not [s for s in cli.json("status", code=1)["servers"] if s["state"] == "ok"]
     assert "nothing ran" in cli.process("down")
+
+
+def test_up_and_down_in_a_subfolder_are_those_of_the_project_and_say_so(tmp_path: Path) -> None:
+    home, below = tmp_path / ".wfm", tmp_path / "pipelines"
+    home.mkdir()
+    below.mkdir()
+    cli = Cli({**environ(home), "WFM_HOME": ""})
+    try:
+        said = cli.process("up", cwd=below)
+        assert said.startswith(f"home {home} (found above the working directory; ")
+        assert json.loads(cli.process("status", "--json", cwd=below))["home"] == str(home)
+    finally:
+        said = cli.process("down", cwd=below)
+    assert said.startswith(f"home {home} (found above the working directory; ")
+    assert not (below / ".wfm").exists()
+    assert processes_of(home) == {}
 
 
 def test_a_role_that_does_not_start_is_named_with_its_log(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,17 +462,63 @@ def valkey_socket(cli: Cli) -> Path:
 # --- definitions ---
 
 
-def test_five_faults_are_five_lines(cli: Cli, tmp_path: Path) -> None:
-    file = tmp_path / "bad.yaml"
-    file.write_text(
+FIVE_FAULTS = """\
+kind: pipeline
+name: bad
+groupin: everything
+grouping: everythin
+steps:
+  - {name: one, software: copy, version: 9.9.9, version_policy: pinned, group_by: [source], max_retries: -1}
+  - {name: two, software: copi, group_by: [source]}
+"""
+
+
+@pytest.mark.parametrize("command", ["apply", "diff"])
+def test_faults_with_and_without_the_database_come_together(command: str, cli: Cli, tmp_path: Path) -> None:
+    """What a document has against itself, and what the database has against it, of all files in one round."""
+    file, more = tmp_path / "bad.yaml", tmp_path / "more.yaml"
+    file.write_text(FIVE_FAULTS)
+    more.write_text(
         "kind: software\nname: tool\nversions:\n  - {version: one, command: []}\n---\n"
-        "kind: nosuch\nname: x\n---\n"
-        "kind: pipeline\nname: bad name\ngroupin: everything\nsteps: []\n"
+        "kind: pipeline\nname: sound\ngrouping: everything\nlocation: archive\n"
+        "steps:\n  - {name: one, software: tool, version: 2.0.0, version_policy: pinned}\n"
     )
-    said = cli("apply", "-f", file, code=2).stderr.splitlines()
-    assert len(said) >= 5
-    assert all(line.startswith(f"error: {file}:") for line in said)
-    assert not cli("get", "software").stdout.count("tool")
+    said = cli(command, "-f", file, more, code=2)
+    assert [line.removeprefix(f"error: {tmp_path}/") for line in said.stderr.splitlines()] == [
+        "bad.yaml:3: unknown key 'groupin', did you mean 'grouping'?; allowed: kind, name, description, grouping, "
+        "location, trigger, enabled, priority, steps",
+        "bad.yaml:4: unknown grouping 'everythin', did you mean 'everything'?; allowed: everything, only-b",
+        "bad.yaml:6: steps[0].max_retries: expected a whole number from 0 to 1000, got '-1'",
+        "bad.yaml:6: unknown version of 'copy' '9.9.9'; allowed: 1.0.0",
+        "bad.yaml:7: unknown software 'copi', did you mean 'copy'?; allowed: copy, tool",
+        "more.yaml:4: versions[0].command: must not be empty",
+        "more.yaml:4: 'one' is not a version such as 1.4.0",
+        "more.yaml:9: location 'archive' is of type long_term_archive; allowed: processing",
+    ]
+    assert said.stdout == ""
+    cli("get", "software", "tool", code=3)
+
+
+def test_what_cannot_be_read_may_be_what_another_names(cli: Cli, tmp_path: Path) -> None:
+    pipeline = "kind: pipeline\nname: p\ngrouping: everything\nsteps: [{name: s, software: NAME}]\n"
+    file = tmp_path / "bad.yaml"
+    for broken in ("kind: softwear\nname: tool\n", "- tool\n", "kind: software\nname: tool\ncommand: [\n"):
+        file.write_text(pipeline.replace("NAME", "tool") + "---\n" + broken)
+        assert len(cli("apply", "-f", file, code=2).stderr.splitlines()) == 1
+        file.write_text(pipeline.replace("NAME", "other") + "---\n" + broken)
+        assert "unknown software 'other'" in cli("apply", "-f", file, code=2).stderr.splitlines()[0]
+
+
+def test_faults_of_files_are_told_without_a_database(nothing: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(FIVE_FAULTS)
+    for words in (("apply",), ("diff",)):
+        assert [line.split(": ")[1] for line in nothing(*words, "-f", file, code=2).stderr.splitlines()] == [
+            f"{file}:3",
+            f"{file}:6",
+        ]
+    file.write_text("kind: site\nname: here\n")
+    assert "wfm up" in nothing("apply", "-f", file, code=1).stderr
 
 
 def test_apply_says_what_changes_and_what_it_touches(processed: Cli, home: Path) -> None:
@@ -472,15 +551,22 @@ def test_names_that_do_not_exist(cli: Cli) -> None:
     assert "did you mean 'demo'" in cli("get", "pipeline", "demoo", code=3).stderr
     assert "did you mean 'demo'" in cli("why", "demoo", code=3).stderr
     cli("runs", "show", 999, code=3)
+    for command in ("list", "tail"):
+        assert "unknown run 999; " in cli("events", command, "--run", 999, code=3).stderr
+        assert "did you mean 'demo'" in cli("events", command, "--pipeline", "demoo", code=3).stderr
+        assert "unknown unit 'nosuch'" in cli("events", command, "--unit", "nosuch", code=3).stderr
+        assert "did you mean 'run.failed'" in cli("events", command, "--type", "run.faild", code=2).stderr
     cli("lineage", "nosuch", code=3)
     cli("trigger", "nosuch", code=3)
     cli("apply", "-f", "nosuch.yaml", code=3)
+    assert "nosuch.fits does not exist" in cli("data", "add", "nosuch.fits", "--package", "x", code=3).stderr
+    cli("data", "scan", "nosuch", "--pattern", "*", code=3)
 
 
 def test_delete_refuses_what_is_used(cli: Cli) -> None:
     assert "everything" in cli("delete", "grouping", "everything", code=1).stderr
     cli("apply", "-f", "-", stdin="kind: source\nname: M82\n")
-    assert "deleted" in cli("delete", "source", "M82").stdout
+    assert cli.json("delete", "source", "M82") == {"kind": "source", "name": "M82", "deleted": True}
     cli("get", "source", "M82", code=3)
 
 
@@ -586,26 +672,29 @@ def test_watch_cancel_and_retry(processed: Cli) -> None:
 
     refused = processed("runs", "cancel", run["id"], code=1)
     assert f"run {run['id']}: refused" in refused.stderr
-    processed("resume", "slow")
+    assert processed.json("resume", "slow") == {"pipeline": "slow", "step": None, "paused": False}
     assert processed.json("runs", "retry", run["id"])["moved"] == {str(run["id"]): "PENDING"}
     processed("runs", "cancel", run["id"], "--reason", "enough")
     processed("runs", "watch", run["id"], code=1)
 
 
 def test_logs_follow_a_job_to_its_end(processed: Cli) -> None:
-    processed("trigger", "bad/break")
+    assert processed.json("trigger", "bad/break") == {"pipeline": "bad", "step": "break", "units": 1}
     run = wait_until(lambda: next(iter(processed.json("runs", "list", "--pipeline", "bad")), None))
     assert "does not like its input" in processed("runs", "logs", run["id"], "-f").stdout
     processed("runs", "watch", run["id"], code=1)
     (line,) = processed.json("why", "bad")
     assert (line["state"], line["why"]) == ("blocked", "failed")
+    history = processed.json("runs", "show", run["id"])["history"]
+    assert (history[-1]["dest"], history[-1]["reason"]) == ("FAILED", line["failed"]["message"])
+    assert "nothing is under way" in processed("runs", "watch").stderr
 
 
 def test_enable_and_disable(processed: Cli) -> None:
     assert processed("disable", "slow").stdout == "slow is disabled\n"
     wait_until(lambda: not processed.json("status")["counts"]["pending"])
     assert processed.json("get", "pipeline", "slow")[0]["enabled"] is False
-    assert processed("enable", "slow").stdout == "slow is enabled\n"
+    assert processed.json("enable", "slow") == {"pipeline": "slow", "enabled": True}
 
 
 def test_try_registers_nothing(processed: Cli, tmp_path: Path) -> None:
@@ -680,11 +769,12 @@ def test_dead_letters(processed: Cli, tmp_path: Path) -> None:
     assert processed.json("events", "dead", "show", letter["id"])["text"] == "this is no JSON"
     processed("events", "dead", "resend", letter["id"], code=1, **without_redis(processed, tmp_path))
     assert processed.json("events", "dead", "list") == [letter]
-    processed("events", "dead", "resend", letter["id"])
+    assert processed.json("events", "dead", "resend", letter["id"]) == {"resent": 1}
     (second,) = wait_until(lambda: processed.json("events", "dead", "list"))
     assert second["id"] != letter["id"]
     assert "dropped 1 message" in processed("events", "dead", "drop", second["id"], "--reason", "a test").stdout
     assert processed.json("events", "dead", "list") == []
+    assert processed.json("events", "replay", "--all").keys() == {"published"}
     assert len(processed.json("events", "dead", "list", "--state", "all")) == 2
     processed("events", "dead", "drop", second["id"], code=3)
     processed("events", "dead", "show", 999, code=3)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ACTOR, wait_until
-from wfm import acts
+from wfm import acts, views
 from wfm.model import Role
 
 ONE = [{"name": "one", "group_by": ["executed_obs_unit"], "config": None}]
@@ -200,6 +200,26 @@ def test_a_missing_file_a_wrong_checksum_and_a_missing_command_fail_with_a_clear
     gone = next(r for r in world.runs() if r.step == "gone")
     assert gone.failure == "input" or "/does/not/exist" in gone.message
     assert world.coverage()["one", next(r.unit for r in world.runs() if r.unit.startswith("bad"))].why == "failed"
+
+
+def test_a_location_that_is_away_holds_its_runs_and_fails_none(world):
+    world.pipeline("p", ONE)
+    packages = [world.package(name) for name in "ab"]
+    away = world.archive.rename(world.archive.with_name("unmounted"))
+    with world.roles():
+        world.register(*packages)
+        wait_until(lambda: sum("held" in r.waiting_for for r in world.runs()) == 2)
+        for r in world.runs():
+            assert r.state == "STAGING_DATA"
+            assert f"location archive is not there, no directory {world.archive} " in r.waiting_for
+        with world.store.begin() as tx:
+            lines = views.why(tx.conn, pipeline="p", location_id=1)
+        assert all(f"no directory {world.archive} " in line.change for line in lines)
+        away.rename(world.archive)
+        world.act(lambda tx: tx.run("UPDATE task SET due_at = now() WHERE kind = 'stage' AND state = 'ready'"))
+        wait_until(lambda: world.states() == {("one", "COMPLETED"): 2})
+        world.assert_quiet()
+    assert {(r.attempt, r.failures) for r in world.runs()} == {(1, 0)}
 
 
 def test_cancel_stops_the_job_and_is_confirmed_and_blocks_until_asked(world):

@@ -474,6 +474,30 @@ def test_without_any_copy_the_task_is_held(archive: Archive) -> None:
     assert not archive.attempt.exists()
 
 
+def test_a_location_that_is_away_holds_what_lies_there(archive: Archive) -> None:
+    """Its root is not there, so nobody knows whether a file is missing; below a root that is there, one knows."""
+    root, other = archive.directory / "tape", archive.directory / "other"
+    raw = root / "night" / "raw.fits"
+    roots = {"cheap": str(other), "tape": f"{root}/"}
+    other.mkdir()
+    archive.files.append(InputFile("scan1", "raw.fits", 1, sha256(b"1"), (str(other / "raw.fits"), str(raw)), roots))
+    said = rf"held: location tape is not there, no directory {root}/ \(is it mounted\?\)"
+    with pytest.raises(HeldError, match=said):
+        archive.stage()
+    assert not (archive.attempt / "input").exists()
+    root.symlink_to(root)  # does not answer, as a file system that lost its server
+    with pytest.raises(HeldError, match=said):
+        archive.stage()
+    root.unlink()
+    root.mkdir()
+    with pytest.raises(InputError, match=f"{raw} is missing"):
+        archive.stage()
+    raw.parent.mkdir()
+    raw.write_bytes(b"1")
+    other.rmdir()
+    assert archive.stage().files == 1  # another copy will do
+
+
 def test_a_copy_that_does_not_answer_may_do_so_later(archive: Archive) -> None:
     loop = archive.path("loop")
     loop.symlink_to(loop)

@@ -419,7 +419,6 @@ def test_answers_are_json_and_times_are_utc(conn: Connection, night: Night) -> N
         views.why_package(conn, "p1", location_id=night.cologne),
         views.coverage_summary(conn, night.cologne),
         views.events(conn),
-        views.pipelines(conn, night.cologne),
         views.packages(conn),
         views.counts(conn, night.cologne),
         views.verify(conn, CHARTS),
@@ -532,6 +531,10 @@ def test_why_of_a_failure(conn: Connection, night: Night) -> None:
     assert line.failed is not None
     assert (line.failed.id, line.failed.failure, line.failed.exit_code) == (night.failed, "exit", 3)
     assert line.failed.message == "the software left with code 3"
+    logs = f" (`wfm runs logs {night.failed}` shows what it said)"
+    assert line.change == f"fix the cause, then `wfm runs retry {night.failed}`{logs}; or new input, version or config"
+    night.set(schema.run, night.failed, exit_code=None)  # nothing ran
+    (line,) = why(conn, "scan-2")
     assert line.change == f"fix the cause, then `wfm runs retry {night.failed}`; or new input, version or config"
 
 
@@ -804,8 +807,10 @@ def test_events_filters(conn: Connection, night: Night) -> None:
     now = datetime.now(UTC)
     assert types(since=now + hour) == types(until=now - hour) == []
     assert types(since=now - hour, until=now + hour) == types()
-    with pytest.raises(NotFoundError, match=r"unknown event type 'run\.faild', did you mean 'run\.failed'"):
+    with pytest.raises(UsageError, match=r"unknown event type 'run\.faild', did you mean 'run\.failed'"):
         views.events(conn, type="run.faild")
+    with pytest.raises(NotFoundError, match="unknown run 999999"):
+        views.events(conn, run=999_999)
     with pytest.raises(NotFoundError, match="did you mean 'maps'"):
         views.events(conn, pipeline="map")
     with pytest.raises(NotFoundError, match="unknown unit 'scan'"):
@@ -1208,31 +1213,38 @@ def test_lineage_as_a_flowchart(conn: Connection, night: Night) -> None:
     assert '[("package a#34;#93;#59; b#35;#60;i#62;#96;")]' in views.mermaid(awkward)
 
 
+# --- what lies in a unit ---
+
+
+def test_units_of_an_upstream_step_that_lie_in_a_unit(conn: Connection, night: Night) -> None:
+    """The one rule for what a unit waits for, what its run reads, and what its digest is made of."""
+    night.unit("maps", SCAN, "elsewhere")
+    night.package("p5", "elsewhere", source="M51")
+    night.unit("maps", LINE, "co")
+    night.package("p6", "co")
+    night.conn.execute(insert(schema.unit_edge).values(upper_id=night.units["ngc253"], lower_id=night.units["co"]))
+    night.step("maps", "flag", SCAN, after=("calibrate",))
+
+    def inside(step: str, unit: str) -> list[str]:
+        found = conn.execute(
+            text(
+                f"""
+                SELECT l.key FROM reduction_step s JOIN step_dependency d ON d.step_id = s.id
+                JOIN reduction_step us ON us.id = d.upstream_id JOIN unit u ON u.id = :unit
+                JOIN LATERAL ({schema.UNITS_INSIDE}) l ON true WHERE s.id = :step ORDER BY l.key
+                """
+            ),
+            {"step": night.steps[step], "unit": night.units[unit]},
+        )
+        return list(found.scalars())
+
+    assert inside("map", "ngc253") == ["scan-1", "scan-2", "scan-3"]  # not of other dimensions, not of other sources
+    assert inside("flag", "scan-2") == ["scan-2"]  # of the same dimensions: the unit itself
+    night.leave("p4", "scan-3")
+    assert inside("map", "ngc253") == ["scan-1", "scan-2"]  # not what has lost all its members
+
+
 # --- lists ---
-
-
-def test_pipelines(conn: Connection, night: Night) -> None:
-    night.set(schema.pipeline, night.pipelines["maps"], paused_by="ada", paused_reason="moon")
-    maps, quick = views.pipelines(conn, night.cologne)
-    assert (maps.name, maps.grouping, maps.trigger_type, maps.enabled, maps.priority) == (
-        "maps",
-        "ngc253",
-        "CONTINUOUS",
-        True,
-        5,
-    )
-    assert (maps.paused_by, maps.paused_reason) == ("ada", "moon")
-    assert [(s.name, s.depends_on, s.group_by, s.software, s.config, s.final) for s in maps.steps] == [
-        ("calibrate", [], ["executed_obs_unit"], "reduce", "gains", False),
-        ("map", ["calibrate"], ["source"], "reduce", None, True),
-    ]
-    assert (maps.steps[0].version_policy, maps.steps[0].version) == ("compatible", "2.0.0")
-    night.set(schema.reduction_step, night.steps["look"], active=False)
-    assert views.pipelines(conn, night.cologne)[1].steps == []
-    night.set(schema.pipeline, night.pipelines["quick"], deleted_at=datetime.now(UTC))
-    assert [p.name for p in views.pipelines(conn, night.cologne)] == ["maps"]
-    assert quick.steps[0].name == "look"
-    assert views.pipelines(conn, night.archive) == []
 
 
 def test_packages(conn: Connection, night: Night) -> None:

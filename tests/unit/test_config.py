@@ -14,7 +14,7 @@ from redis import Redis
 from rich.pretty import pretty_repr
 from sqlalchemy.engine import make_url
 
-from wfm.config import DATABASE_PREFIX, PREFIXES, SECRETS, SETTINGS, SHIPPED_FILE, Settings, load
+from wfm.config import DATABASE_PREFIX, HOME_ABOVE, PREFIXES, SECRETS, SETTINGS, SHIPPED_FILE, Settings, load
 from wfm.errors import ConfigError
 
 PG = {
@@ -84,6 +84,35 @@ def test_the_documented_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert load({"WFM_HOME": "/srv/wfm"}).pipeline_base_dir == Path("/srv/wfm/pipelines")
     assert load({"WFM_PIPELINE_BASE_DIR": "runs"}).pipeline_base_dir == tmp_path / "runs"
     assert load({"WFM_HOME": "~/wfm"}).home == Path("~/wfm").expanduser()
+
+
+def test_the_home_is_looked_for_upwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    below = tmp_path / "project" / "a" / "b"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    assert load({}).home == below / ".wfm"  # nothing anywhere: here
+    (tmp_path / ".wfm").mkdir()
+    project = tmp_path / "project" / ".wfm"
+    project.mkdir()
+    found = load({})
+    assert (found.home, found.pipeline_base_dir) == (project, project / "pipelines")
+    assert sources(found)["home"] == HOME_ABOVE
+    assert found.which_home.startswith(f"home {project} (found above the working directory; ")
+    # Who says where it is, means it.
+    assert load({"WFM_HOME": ".wfm"}).home == below / ".wfm"
+    assert load({}, [write(tmp_path / "site.toml", '[default]\nhome = ".wfm"')]).home == below / ".wfm"
+    (below / ".wfm").mkdir()
+    assert load({}).home == below / ".wfm"
+    assert load({}).which_home == f"home {below / '.wfm'}"
+
+
+def test_the_home_of_somebody_else_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    (tmp_path / ".wfm").mkdir()
+    monkeypatch.chdir(below)
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    assert load({}).home == below / ".wfm"
 
 
 def test_settings_are_frozen() -> None:

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wfm.documents import KINDS, dump, load
+from wfm.documents import KINDS, load
 from wfm.errors import DocumentError
 from wfm.model import Resources, TriggerType, VersionPolicy
+from wfm.yamltext import dump, refuse
 
 
 def read(text: str) -> Any:
@@ -24,8 +25,12 @@ def read(text: str) -> Any:
 
 
 def faults(text: str, name: str = "a.yaml") -> list[str]:
+    return refused([(name, dedent(text).lstrip("\n"))])
+
+
+def refused(files: list[tuple[str, str]]) -> list[str]:
     with pytest.raises(DocumentError) as caught:
-        load([(name, dedent(text).lstrip("\n"))])
+        refuse(load(files).faults)
     return list(caught.value.faults)
 
 
@@ -158,9 +163,7 @@ def test_five_faults_in_one_pipeline_are_five_faults_with_their_lines() -> None:
 
 def test_faults_of_all_files_come_together_in_order() -> None:
     files = [("b.yaml", "kind: site\n"), ("a.yaml", "- 1\n---\nkind: sight\nname: x\n")]
-    with pytest.raises(DocumentError) as caught:
-        load(files)
-    assert [f.split(": ")[0] for f in caught.value.faults] == ["a.yaml:1", "a.yaml:3", "b.yaml:1"]
+    assert [f.split(": ")[0] for f in refused(files)] == ["a.yaml:1", "a.yaml:3", "b.yaml:1"]
 
 
 def step(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from wfm.cli import output
-from wfm.errors import UnavailableError, UsageError, WfmError
+from wfm.errors import NotFoundError, UnavailableError, UsageError, WfmError
 from wfm.model import Actor
 
 if TYPE_CHECKING:
@@ -55,6 +55,15 @@ class Time(click.ParamType[Any]):
             return parse_time(value) if isinstance(value, str) else value
         except ValueError:
             self.fail(f"{value!r} is not an ISO 8601 time such as 2026-03-01T04:30:00Z", param, ctx)
+
+
+class There(click.Path):
+    """A path of something that exists."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.path.exists(value):
+            raise NotFoundError(f"{os.fspath(value)} does not exist")
+        return super().convert(value, param, ctx)
 
 
 def actor(reason: str = "") -> Actor:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from wfm.cli import context, output
-from wfm.cli.definitions import apply_documents, read_documents
+from wfm.cli.definitions import apply_documents, deployment_for, read_documents
 from wfm.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path), metavar="[FILE]...")
+@click.argument("files", nargs=-1, type=context.There(path_type=Path), metavar="[FILE]...")
 @click.option("--package", metavar="NAME", help="Name of the package.")
 @click.option("-f", "--file", "documents", multiple=True, metavar="YAML", help="Documents of kind raw_data_package.")
 @_about
@@ -145,7 +145,7 @@ def _add_documents(files: Sequence[str], reason: str, as_json: bool) -> None:
     read = read_documents(files)
     if others := sorted({d.kind for d in read.items} - {"raw_data_package"}):
         raise UsageError(f"documents of kind {', '.join(others)} are for `wfm apply -f`")
-    with context.deployment() as d:
+    with deployment_for(read) as d:
         effect = d.write(lambda tx: apply_documents(tx, read, d.location, reason))
     counts: dict[str, int] = defaultdict(int)
     for change in effect.changes:
@@ -154,7 +154,7 @@ def _add_documents(files: Sequence[str], reason: str, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("directory", type=context.There(file_okay=False, path_type=Path))
 @click.option("--pattern", required=True, metavar="GLOB", help="What is a package: files or directories in DIRECTORY.")
 @click.option("--add", "really", is_flag=True, help="Register them; without it they are only shown.")
 @_about

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from msgspec import Struct
 
 from wfm.cli import context, output
 from wfm.cli.system import show_coverage
-from wfm.errors import NotFoundError, UsageError
+from wfm.errors import DocumentError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from wfm.documents import Change, Documents
@@ -35,7 +36,7 @@ def read_documents(files: Sequence[str]) -> Documents:
     """The documents of some YAML files; ``-`` is standard input.
 
     Raises:
-        UsageError: no file is named. NotFoundError: one does not exist. DocumentError: with all faults of all files.
+        UsageError: no file is named, or one cannot be read. NotFoundError: one does not exist.
     """
     from wfm import documents
 
@@ -51,6 +52,20 @@ def read_documents(files: Sequence[str]) -> Documents:
             raise UsageError(f"{file} cannot be read: {e}") from e
         texts.append(("standard input" if file == "-" else file, text))
     return documents.load(texts)
+
+
+@contextmanager
+def deployment_for(read: Documents) -> Iterator[context.Deployment]:
+    """The configured deployment. Where it cannot be asked, the faults that are known without it are told at least."""
+    from wfm.yamltext import refuse
+
+    try:
+        with context.deployment() as d:
+            yield d
+    except Exception as e:
+        if not isinstance(e, DocumentError):
+            refuse(read.faults)
+        raise
 
 
 def apply_documents(tx: Tx, read: Documents, location_id: int, reason: str = "") -> Effect:
@@ -104,7 +119,7 @@ def apply(files: tuple[str, ...], more: tuple[str, ...], reason: str, as_json: b
     Example:  wfm apply -f pipelines/*.yaml --reason "line fit 1.3"
     """
     read = read_documents([*files, *more])
-    with context.deployment() as d:
+    with deployment_for(read) as d:
         effect = d.write(lambda tx: apply_documents(tx, read, d.location, reason))
     if as_json:
         output.document(effect)
@@ -123,7 +138,7 @@ def diff(files: tuple[str, ...], more: tuple[str, ...], as_json: bool) -> None:
     Example:  wfm diff -f pipelines/*.yaml
     """
     read = read_documents([*files, *more])
-    with context.deployment() as d, d.read() as tx:
+    with deployment_for(read) as d, d.read() as tx:
         effect = apply_documents(tx, read, d.location)
         tx.conn.rollback()
     if as_json:
@@ -167,14 +182,14 @@ def get(kind: str, name: str | None, as_json: bool) -> None:
     Example:  wfm get pipeline
               wfm get software linefit > linefit.yaml
     """
-    from wfm import documents
+    from wfm import documents, yamltext
 
     with context.deployment() as d, d.read() as tx:
         found = documents.get(tx.conn, kind, name)
     if as_json:
         output.document(found)
     elif found:
-        click.echo(documents.dump(found), nl=False)
+        click.echo(yamltext.dump(found), nl=False)
     else:
         click.echo(f"no {kind} yet", err=True)
 
@@ -183,7 +198,8 @@ def get(kind: str, name: str | None, as_json: bool) -> None:
 @click.argument("kind", type=Kind())
 @click.argument("name")
 @context.reason
-def delete(kind: str, name: str, reason: str) -> None:
+@output.as_json
+def delete(kind: str, name: str, reason: str, as_json: bool) -> None:
     """Delete a thing that nothing uses. The history of runs stays.
 
     \b
@@ -198,7 +214,7 @@ def delete(kind: str, name: str, reason: str) -> None:
 
     with context.deployment() as d:
         d.write(work)
-    click.echo(f"{kind} {name}: deleted")
+    output.done(as_json, {"kind": kind, "name": name, "deleted": True}, f"{kind} {name}: deleted")
 
 
 # --- pipelines ---
@@ -210,7 +226,8 @@ _target = click.argument("target", metavar="PIPELINE[/STEP]")
 @_target
 @click.argument("unit", required=False)
 @context.reason
-def trigger(target: str, unit: str | None, reason: str) -> None:
+@output.as_json
+def trigger(target: str, unit: str | None, reason: str, as_json: bool) -> None:
     """Ask for gaps to run now: of a pipeline, of one step, of one unit.
 
     This is how pipelines with `trigger: MANUAL` run. What is covered stays covered.
@@ -228,15 +245,18 @@ def trigger(target: str, unit: str | None, reason: str) -> None:
 
     with context.deployment() as d:
         asked = d.write(work)
-    click.echo(
-        f"asked for the gaps among {output.plural(asked, 'unit')}; `wfm why {target}` shows what becomes of them"
+    output.done(
+        as_json,
+        {"pipeline": pipeline, "step": step, "units": asked},
+        f"asked for the gaps among {output.plural(asked, 'unit')}; `wfm why {target}` shows what becomes of them",
     )
 
 
 @click.command()
 @_target
 @context.reason
-def pause(target: str, reason: str) -> None:
+@output.as_json
+def pause(target: str, reason: str, as_json: bool) -> None:
     """Start nothing new in a pipeline or step; what runs goes on.
 
     \b
@@ -244,15 +264,18 @@ def pause(target: str, reason: str) -> None:
     """
     from wfm import acts
 
+    pipeline, step = context.split(target)
     with context.deployment() as d:
-        d.write(lambda tx: acts.pause(tx, *context.split(target), context.actor(reason)))
-    click.echo(f"{target} is paused; `wfm resume {target}` lets it go on")
+        d.write(lambda tx: acts.pause(tx, pipeline, step, context.actor(reason)))
+    said = f"{target} is paused; `wfm resume {target}` lets it go on"
+    output.done(as_json, {"pipeline": pipeline, "step": step, "paused": True}, said)
 
 
 @click.command()
 @_target
 @context.reason
-def resume(target: str, reason: str) -> None:
+@output.as_json
+def resume(target: str, reason: str, as_json: bool) -> None:
     """Undo `wfm pause`.
 
     \b
@@ -260,38 +283,42 @@ def resume(target: str, reason: str) -> None:
     """
     from wfm import acts
 
+    pipeline, step = context.split(target)
     with context.deployment() as d:
-        d.write(lambda tx: acts.resume(tx, *context.split(target), context.actor(reason)))
-    click.echo(f"{target} goes on")
+        d.write(lambda tx: acts.resume(tx, pipeline, step, context.actor(reason)))
+    output.done(as_json, {"pipeline": pipeline, "step": step, "paused": False}, f"{target} goes on")
 
 
 @click.command()
 @click.argument("pipeline")
 @context.reason
-def enable(pipeline: str, reason: str) -> None:
+@output.as_json
+def enable(pipeline: str, reason: str, as_json: bool) -> None:
     """Let a pipeline work.
 
     \b
     Example:  wfm enable ngc253-co
     """
-    _set_enabled(pipeline, True, reason)
+    _set_enabled(pipeline, True, reason, as_json)
 
 
 @click.command()
 @click.argument("pipeline")
 @context.reason
-def disable(pipeline: str, reason: str) -> None:
+@output.as_json
+def disable(pipeline: str, reason: str, as_json: bool) -> None:
     """Have a pipeline do nothing until `wfm enable`; what runs goes on.
 
     \b
     Example:  wfm disable ngc253-co --reason "season is over"
     """
-    _set_enabled(pipeline, False, reason)
+    _set_enabled(pipeline, False, reason, as_json)
 
 
-def _set_enabled(pipeline: str, enabled: bool, reason: str) -> None:
+def _set_enabled(pipeline: str, enabled: bool, reason: str, as_json: bool) -> None:
     from wfm import acts
 
     with context.deployment() as d:
         d.write(lambda tx: acts.set_enabled(tx, pipeline, enabled, context.actor(reason)))
-    click.echo(f"{pipeline} is {'enabled' if enabled else 'disabled'}")
+    said = f"{pipeline} is {'enabled' if enabled else 'disabled'}"
+    output.done(as_json, {"pipeline": pipeline, "enabled": enabled}, said)

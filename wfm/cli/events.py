@@ -72,7 +72,7 @@ def list_(
             location_id=d.location,
             run=run,
             pipeline=pipeline,
-            unit=unit,
+            unit=context.full_key(tx, pipeline, unit) if pipeline else unit,
             type=type_,
             since=since,
             until=until,
@@ -163,6 +163,9 @@ def tail(
 
     about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "type": type_}
     with context.deployment() as d:
+        if pipeline:
+            with d.read() as tx:
+                about["unit"] = context.full_key(tx, pipeline, unit)
         if after is None:
             with d.read() as tx:
                 after = views.events(tx.conn, location_id=d.location, newest=True, limit=1, **about).cursor
@@ -185,7 +188,8 @@ def tail(
 @events.command()
 @click.argument("ids", metavar="[ID]...", type=context.Key, nargs=-1)
 @click.option("--all", "every", is_flag=True, help="All that are pending.")
-def replay(ids: tuple[int, ...], every: bool) -> None:
+@output.as_json
+def replay(ids: tuple[int, ...], every: bool, as_json: bool) -> None:
     """Publish pending events again, now. Those that are done already are left alone.
 
     \b
@@ -199,7 +203,7 @@ def replay(ids: tuple[int, ...], every: bool) -> None:
         n = d.write(lambda tx: acts.republish(tx, d.location, None if every else ids))
     if ids and n < len(set(ids)):
         raise NotFoundError(f"published {n} again; of these events, {len(set(ids)) - n} are done, or do not exist here")
-    click.echo(f"published {output.plural(n, 'pending event')} again")
+    output.done(as_json, {"published": n}, f"published {output.plural(n, 'pending event')} again")
 
 
 @events.command()
@@ -292,7 +296,8 @@ _letters = click.argument("letters", metavar="ID...", type=context.Key, nargs=-1
 @dead.command()
 @_letters
 @context.reason
-def resend(letters: tuple[int, ...], reason: str) -> None:
+@output.as_json
+def resend(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
     """Put messages back on their streams, as they were.
 
     \b
@@ -303,13 +308,14 @@ def resend(letters: tuple[int, ...], reason: str) -> None:
     with context.deployment() as d, d.store.begin() as tx:
         n = acts.resend_dead(tx, letters, context.actor(reason))
         d.send(tx.outbox)  # before the commit: the ledger does not know them all
-    click.echo(f"sent {output.plural(n, 'message')} again")
+    output.done(as_json, {"resent": n}, f"sent {output.plural(n, 'message')} again")
 
 
 @dead.command()
 @_letters
 @context.reason
-def drop(letters: tuple[int, ...], reason: str) -> None:
+@output.as_json
+def drop(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
     """Give messages up for good; their bytes stay in the list.
 
     \b
@@ -319,4 +325,4 @@ def drop(letters: tuple[int, ...], reason: str) -> None:
 
     with context.deployment() as d:
         n = d.write(lambda tx: acts.drop_dead(tx, letters, context.actor(reason)))
-    click.echo(f"dropped {output.plural(n, 'message')}")
+    output.done(as_json, {"dropped": n}, f"dropped {output.plural(n, 'message')}")

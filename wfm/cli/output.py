@@ -35,6 +35,14 @@ def line(value: object) -> None:
     sys.stdout.flush()
 
 
+def done(as_json: bool, facts: object, text: str) -> None:
+    """Say what a command did: as a JSON document, or in words."""
+    if as_json:
+        document(facts)
+    else:
+        click.echo(text)
+
+
 def warn(message: str) -> None:
     """Tell on standard error what stops nothing."""
     click.secho(f"warning: {message}", fg="yellow", err=True)

@@ -204,7 +204,10 @@ def logs(run_id: int, follow: bool, attempt: int | None) -> None:
                 break
             time.sleep(LOOK_SECONDS)
         if not end and not os.path.exists(said):
-            raise NotFoundError(f"run {run_id} has no log of attempt {shown} (now: {run.state}): no file {said}")
+            raise NotFoundError(
+                f"run {run_id} has no log of attempt {shown} (now: {run.state}): no file {said}; "
+                f"`wfm runs show {run_id}` says how far it came"
+            )
 
 
 def _earlier(run: RunRow, attempt: int, settings: Settings) -> JobRef:
@@ -267,8 +270,10 @@ def watch(run_id: int | None, as_json: bool) -> None:
               wfm runs watch 42
     """
     unhappy: set[int] = set()
+    seen = False
     with context.deployment() as d:
         for c in _one(d, run_id) if run_id else _all(d):
+            seen = True
             if c.state in FINAL_STATES:
                 (unhappy.discard if c.state is RunState.COMPLETED else unhappy.add)(c.id)
             if as_json:
@@ -279,6 +284,8 @@ def watch(run_id: int | None, as_json: bool) -> None:
                 more += [_one_line(c.message)] if c.message else []
                 click.echo("  ".join([output.when(c.at), name, c.state, *more]))
                 sys.stdout.flush()
+    if not seen:
+        click.echo("nothing is under way; `wfm runs list` shows what there was, `wfm status` how it stands", err=True)
     if unhappy:
         click.get_current_context().exit(1)
 

@@ -174,7 +174,8 @@ def up(workers: int, concurrency: int) -> None:
     """Start the whole system on this machine.
 
     Postgres and Valkey of its own (unless servers are configured), and the four roles as background processes. What
-    runs goes on; what died is started again. Its state lies in the directory .wfm, or where WFM_HOME says.
+    runs goes on; what died is started again. Its state lies where WFM_HOME says; else in .wfm of this directory, or of
+    the nearest one above that has it.
 
     \b
     Example:  wfm up --workers 2 -c 8
@@ -183,6 +184,7 @@ def up(workers: int, concurrency: int) -> None:
     from wfm.service import open_bus
 
     settings = context.load_settings()
+    click.echo(settings.which_home)
     with lock(settings.home):
         if settings.embedded:
             servers = Embedded(settings.home)
@@ -199,7 +201,7 @@ def up(workers: int, concurrency: int) -> None:
 
 def _prepare_database(settings: Settings) -> None:
     """Tables at the newest revision, and a location to work at."""
-    from wfm import documents, migrations
+    from wfm import documents, migrations, yamltext
 
     with context.deployment(settings) as d:
         migrations.upgrade(d.store.engine, settings.database_schema)
@@ -211,7 +213,7 @@ def _prepare_database(settings: Settings) -> None:
         place = {"site": "local", "type": "processing", "root": str(settings.pipeline_base_dir)}
         location: dict[str, Any] = {"kind": "location", "name": "local", "id": d.location, **place}
         new = [{"kind": "site", "name": "local"}, location]
-        read = documents.load([("wfm up", documents.dump(new))])
+        read = documents.load([("wfm up", yamltext.dump(new))])
         actor = context.actor("the first `wfm up`")
         d.write(
             lambda tx: documents.apply(tx.conn, read, location_id=d.location, actor=actor.name, reason=actor.reason)
@@ -271,6 +273,7 @@ def down() -> None:
     if not home.exists():
         click.echo(f"nothing ran in {home}")
         return
+    click.echo(settings.which_home)
     with lock(home):
         roles = [daemon for _, daemon in _daemons(home)]
         with ThreadPoolExecutor(max(len(roles), 1)) as pool:

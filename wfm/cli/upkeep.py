@@ -254,7 +254,8 @@ def db() -> None:
 
 
 @db.command()
-def upgrade() -> None:
+@output.as_json
+def upgrade(as_json: bool) -> None:
     """Bring the tables to the newest revision. Safe at any time; touches nothing outside its schema.
 
     \b
@@ -266,9 +267,8 @@ def upgrade() -> None:
         schema = d.settings.database_schema
         before = migrations.current(d.store.engine, schema)
         after = migrations.upgrade(d.store.engine, schema)
-    click.echo(
-        f"schema {schema}: " + (f"is at {after} already" if before == after else f"{before or 'empty'} → {after}")
-    )
+    said = f"is at {after} already" if before == after else f"{before or 'empty'} → {after}"
+    output.done(as_json, {"schema": schema, "before": before, "revision": after}, f"schema {schema}: {said}")
 
 
 @db.command()
@@ -307,8 +307,9 @@ def charts() -> None:
 
 @charts.command("show")
 @click.option("--version", type=int, help="Of the chart; the newest by default.")
-def charts_show(version: int | None) -> None:
-    """Print the chart of a run as a Mermaid diagram.
+@output.as_json
+def charts_show(version: int | None, as_json: bool) -> None:
+    """Print the chart of a run as a Mermaid diagram, or as JSON.
 
     \b
     Example:  wfm charts show > run.mmd
@@ -319,12 +320,18 @@ def charts_show(version: int | None) -> None:
     wanted = max(known) if version is None else version
     if wanted not in known:
         raise NotFoundError(f"there is no chart of version {wanted}; known: {', '.join(map(str, sorted(known)))}")
-    click.echo(known[wanted].mermaid(), nl=False)
+    chart = known[wanted]
+    if as_json:
+        about = {"name": chart.name, "version": chart.version, "initial": chart.initial}
+        output.document(about | {"states": list(chart.states.values()), "transitions": chart.transitions})
+    else:
+        click.echo(chart.mermaid(), nl=False)
 
 
 @charts.command("check")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
-def charts_check(files: tuple[str, ...]) -> None:
+@output.as_json
+def charts_check(files: tuple[str, ...], as_json: bool) -> None:
     """Check charts, by default those of this installation, and report all faults together. Needs no database.
 
     \b
@@ -347,8 +354,12 @@ def charts_check(files: tuple[str, ...]) -> None:
             raise UsageError(f"{file} cannot be read: {e}") from e
         except ChartError as e:
             faults += e.faults
-    for chart in found:
-        click.echo(f"{chart}: {len(chart.states)} states, {len(chart.transitions)} transitions, no fault")
+    counted = [(c, len(c.states), len(c.transitions)) for c in found]
+    if as_json:
+        output.document([{"name": c.name, "version": c.version, "states": n, "transitions": m} for c, n, m in counted])
+    else:
+        for c, n, m in counted:
+            click.echo(f"{c}: {n} states, {m} transitions, no fault")
     if faults:
         raise ChartError(faults)
 

@@ -197,6 +197,7 @@ def main(*, simulated: bool = False) -> None:
     settings = load()
     pipeline = "iris-simulated" if simulated else "iris"
     demo = Demo(settings, pipeline, settings.home / "demo" / pipeline, Console(highlight=False))
+    demo.console.print(settings.which_home, markup=False, soft_wrap=True)
     demo.folder.mkdir(parents=True, exist_ok=True)
     was_up = settings.embedded and Embedded(settings.home).status()["postgres"].running
     kind = "simulated scans" if simulated else "13 raster scans of NASA's IRIS spectrograph (2014-03-29, real data)"

@@ -30,7 +30,7 @@ from wfm.views.ledger import (
     event_detail,
     events,
 )
-from wfm.views.lists import Counts, PackageLine, PendingLine, PipelineLine, StepLine, counts, packages, pipelines
+from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
 from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
 from wfm.views.run_lines import (
     SHOWN,
@@ -64,13 +64,11 @@ __all__ = [
     "PackageLine",
     "PackageWhy",
     "PendingLine",
-    "PipelineLine",
     "ProductLine",
     "RunBrief",
     "RunDetail",
     "RunLine",
     "RunRef",
-    "StepLine",
     "TaskLine",
     "TransitionLine",
     "UpstreamUnit",
@@ -85,7 +83,6 @@ __all__ = [
     "lineage",
     "mermaid",
     "packages",
-    "pipelines",
     "run_detail",
     "runs",
     "tree",

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, exists, literal, select, union_all
 
 from wfm import grouping
 from wfm.model import CoverageState, RunState, TriggerType, Why
+from wfm.schema import UNITS_INSIDE
 from wfm.store import WITHDRAWN
 from wfm.views.sql import (
     _ACTIVE,
@@ -93,7 +94,7 @@ CHANGE: dict[Why, str] = {
     Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`{cron}",
     Why.PAUSED: "`wfm resume {paused}`",
     Why.DISABLED: "{enable}",
-    Why.FAILED: "fix the cause, then `wfm runs retry {failed}`; or new input, version or config",
+    Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
     Why.CANCELLED: "`wfm runs retry {failed}`; or new input, version or config",
     Why.EMPTY: "a raw data package that belongs to this unit",
 }
@@ -102,12 +103,9 @@ CHANGE: dict[Why, str] = {
 _FIRST = 3
 
 # For a step s and its unit u: each step us it depends on, with the units l of us that lie in u.
-_BELOW = """
+_BELOW = f"""
 JOIN step_dependency d ON d.step_id = s.id JOIN reduction_step us ON us.id = d.upstream_id
-JOIN LATERAL (
-    SELECT u.id, u.key WHERE us.dims = s.dims
-    UNION ALL SELECT lu.id, lu.key FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
-    WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0) l ON true
+JOIN LATERAL ({UNITS_INSIDE}) l ON true
 """
 _BRIEF = "r.id, r.state, r.attempt, r.waiting_for, r.failure, r.exit_code, r.message"
 # For a row of coverage c: the run that failed or was cancelled, of the wanted digest before others.
@@ -288,6 +286,9 @@ def _change(s: _Situation) -> str:
         run=f"run {s.active.id}" if s.active else "its run",
         waiting=f"; it waits: {s.active.waiting_for}" if s.active and s.active.waiting_for else "",
         failed=s.failed.id if s.failed else "RUN",
+        logs=f" (`wfm runs logs {s.failed.id}` shows what it said)"
+        if s.failed and s.failed.exit_code is not None
+        else "",
         open=s.upstream_open,
         total=s.upstream_total,
         upstream=", ".join(upstream) + (", ..." if len(upstream) < s.upstream_open else "") or "none known yet",

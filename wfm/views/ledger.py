@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from wfm import grouping
 from wfm.errors import NotFoundError, UsageError
 from wfm.events import TYPES
-from wfm.views.sql import _PIPELINES, _UNITS, _all, _asked, _column, _require, _require_location, _rows
+from wfm.views.sql import _PIPELINES, _UNITS, _all, _asked, _column, _no_run, _require, _require_location, _rows
 
 
 class EventLine(Struct, frozen=True, kw_only=True):
@@ -99,15 +99,17 @@ def events(
         the events, and a cursor after which the next page begins, also if this one is empty.
 
     Raises:
-        NotFoundError: no such location, pipeline, unit or event type.
-        UsageError: the cursor is none.
+        NotFoundError: no such location, run, pipeline or unit.
+        UsageError: there is no such type of events, or the cursor is none.
     """
     if location_id is not None:
         _require_location(conn, location_id)
+    if run is not None and not _column(conn, "SELECT 1 FROM run WHERE id = :id", id=run):
+        _no_run(conn, run)
     _require(conn, "pipeline", pipeline, _PIPELINES)
     _require(conn, "unit", unit, _UNITS, pipeline=pipeline)
     if type is not None and type not in TYPES:
-        raise NotFoundError(grouping.unknown("event type", type, TYPES))
+        raise UsageError(grouping.unknown("event type", type, TYPES))
     txid, last = _cursor(after or START)
     # Taken before the page is read, so everything below it is settled when the page is read.
     (horizon,) = _column(conn, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text")
@@ -165,7 +167,7 @@ def event_detail(conn: Connection, event_id: int) -> EventDetail:
         id=event_id,
     )
     if not found:
-        raise NotFoundError(f"unknown event {event_id}")
+        raise NotFoundError(f"unknown event {event_id}; see `wfm events list`")
     return found[0]
 
 
@@ -219,6 +221,6 @@ def dead_letter(conn: Connection, dead_letter_id: int) -> DeadLetter:
     """
     found = _all(conn, f"{_DEAD_LETTER} WHERE d.id = :id", id=dead_letter_id)
     if not found:
-        raise NotFoundError(f"unknown dead letter {dead_letter_id}")
+        raise NotFoundError(f"unknown dead letter {dead_letter_id}; see `wfm events dead list --state all`")
     body = bytes(found[0]["body"])
     return DeadLetter(**found[0] | {"body": body, "text": body.decode("utf-8", "backslashreplace")})

@@ -1,77 +1,16 @@
-"""Pipelines, packages, and how it stands."""
+"""Packages, and how it stands."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from datetime import datetime
-from typing import Any
 
 from msgspec import Struct
 from sqlalchemy import Connection
 
-from wfm.model import RunState, TriggerType, VersionPolicy
+from wfm.model import RunState
 from wfm.views.sql import _PACKAGES, _all, _asked, _column, _require, _require_location, _rows
-
-
-class StepLine(Struct, frozen=True, kw_only=True):
-    """A step of a pipeline. `version` is the one that `version_policy` speaks of; `config` None for none."""
-
-    name: str
-    description: str
-    depends_on: list[str]
-    group_by: list[str]
-    software: str
-    version_policy: VersionPolicy
-    version: str
-    config: str | None
-    final: bool
-    paused_by: str
-    paused_reason: str
-
-
-class PipelineLine(Struct, frozen=True, kw_only=True):
-    """A pipeline with its steps in topological order. `paused_by` is empty if it is not paused."""
-
-    name: str
-    description: str
-    grouping: str
-    trigger_type: TriggerType
-    trigger_config: dict[str, Any]
-    enabled: bool
-    paused_by: str
-    paused_reason: str
-    priority: int
-    steps: list[StepLine]
-
-
-def pipelines(conn: Connection, location_id: int) -> list[PipelineLine]:
-    """The pipelines of a location by name.
-
-    Raises:
-        NotFoundError: no such location.
-    """
-    _require_location(conn, location_id)
-    return _rows(
-        conn,
-        PipelineLine,
-        """
-        SELECT p.name, p.description, g.name AS "grouping", p.trigger_type, p.trigger_config, p.enabled, p.paused_by,
-            p.paused_reason, p.priority, coalesce(z.steps, '[]') AS steps
-        FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id
-        CROSS JOIN LATERAL (
-            SELECT jsonb_agg(to_jsonb(y) ORDER BY y.position) AS steps FROM (
-                SELECT s.position, s.name, s.description, s.group_by, sw.name AS software, s.version_policy, s.version,
-                    cf.name AS config, s.final, s.paused_by, s.paused_reason,
-                    ARRAY(SELECT us.name FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
-                        WHERE d.step_id = s.id ORDER BY us.position) AS depends_on
-                FROM reduction_step s JOIN software sw ON sw.id = s.software_id
-                LEFT JOIN config cf ON cf.id = s.config_id
-                WHERE s.pipeline_id = p.id AND s.active) y) z
-        WHERE p.location_id = :loc AND p.deleted_at IS NULL ORDER BY p.name
-        """,
-        loc=location_id,
-    )
 
 
 class PackageLine(Struct, frozen=True, kw_only=True):

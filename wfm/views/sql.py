@@ -79,5 +79,5 @@ def _require_location(conn: Connection, location_id: int) -> None:
 
 def _no_run(conn: Connection, key: object) -> NoReturn:
     (newest,) = _column(conn, "SELECT max(id) FROM run")
-    known = f"the newest run is {newest}" if newest else "there are no runs yet"
+    known = f"the newest run is {newest}; see `wfm runs list`" if newest else "there are no runs yet"
     raise NotFoundError(f"unknown run {key!r}; {known}")
