@@ -82,7 +82,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = 
 
 
 class World:
-    def __init__(self, directory: Path, database_url: str, redis_url: str) -> None:
+    def __init__(self, directory: Path, database_url: str, redis_url: str, **environ: str) -> None:
         self.directory = directory
         self.archive = directory / "archive"
         self.archive.mkdir()
@@ -90,6 +90,8 @@ class World:
         self.history = History()
         self.program = directory / "step_program.py"
         self.program.write_text(PROGRAM.format(repository=str(REPOSITORY), ledger=str(self.ledger.path)))
+        self.killed: set[int] = set()
+        """Processes that a test kills: the names under which they read may stand for an hour."""
         self._services: list[Service] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self.environ = {
@@ -102,6 +104,7 @@ class World:
             "WFM_STAGING_RESERVE_GB": "0",
             "WFM_SWEEP_SECONDS": "0.2",
             "WFM_RETRY_BACKOFF_SECONDS": "0.2",
+            **environ,
         }
         self.store = open_store(self.settings)
         self.apply(
@@ -251,12 +254,11 @@ class World:
         return check(self, **expected)
 
     def lives(self, consumer: str) -> bool:
-        """Whether who reads under this name is at work, or was killed by the test: such names may stand for an hour."""
+        """Whether who reads under this name is at work, or was killed by the test."""
         pid = int(consumer.split(":")[1])
         if pid == os.getpid():
             return consumer in {s.bus.consumer for s in self._services}
-        process = next((p for p in self._processes if p.pid == pid), None)
-        return process is not None and (process.poll() is None or process.returncode == -signal.SIGKILL)
+        return pid in self.killed or any(p.pid == pid and p.poll() in (None, -signal.SIGKILL) for p in self._processes)
 
     # --- the roles ---
 

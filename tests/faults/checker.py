@@ -8,6 +8,7 @@ that jobs and wrappers wrote (`tests.faults.ledger`), what was asked from the cl
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
@@ -68,14 +69,9 @@ def check(world: World, *, repeats: Collection[str] = (), dead_letters: int = 0,
     Raises:
         AssertionError: with all violations.
     """
-    from tests.harness import wait_until
-
-    try:
-        wait_until(lambda: not restless(world), seconds)
-    except AssertionError:
-        stirring = restless(world)
-    else:
-        stirring = []
+    deadline = time.monotonic() + seconds
+    while (stirring := restless(world)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     report = examine(world, repeats=repeats, dead_letters=dead_letters, stirring=stirring)
     assert not report.violations, "\n".join(["the checker found:", *report.violations])
     return report
