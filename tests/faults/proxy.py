@@ -42,19 +42,27 @@ class Rule:
 
     Args:
         names: empty: every request. skip: the first so many are spared. times: so many are met, then no more.
-        p: probability that one is met. seed: of the choice.
+        every: of the others, the first of so many is met. p: probability that it really is. seed: of the choice.
 
     Attributes:
         hits: how many were met.
     """
 
     def __init__(
-        self, names: Sequence[str], *, skip: int = 0, times: float = float("inf"), p: float = 1.0, seed: int = 0
+        self,
+        names: Sequence[str],
+        *,
+        skip: int = 0,
+        times: float = float("inf"),
+        every: int = 1,
+        p: float = 1.0,
+        seed: int = 0,
     ) -> None:
         self.names = frozenset(names)
         self.hits = 0
-        self._skip = skip
+        self._seen = -skip
         self._times = times
+        self._every = every
         self._p = p
         self._random = random.Random(seed)
 
@@ -62,8 +70,8 @@ class Rule:
         """Whether this request is to be met; it then counts as met."""
         if self.hits >= self._times or (self.names and name not in self.names):
             return False
-        if self._skip > 0:
-            self._skip -= 1
+        self._seen += 1
+        if self._seen <= 0 or (self._seen - 1) % self._every:
             return False
         if self._random.random() >= self._p:
             return False
