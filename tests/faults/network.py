@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from tests.faults.proxy import PostgresProxy, Proxy, RedisProxy
+from tests.faults.recorded import record
 from tests.harness import World
 from wfm.config import load
 from wfm.model import Role
@@ -67,7 +68,9 @@ class Network:
             own["WFM_DATABASE_URL"] = self.postgres[role].url
         if role in self.redis and not direct:
             own["WFM_REDIS_URL"] = self.redis[role].url
-        return build(load({**self.world.environ, **own, **environ}), role, slots=slots)
+        service = build(load({**self.world.environ, **own, **environ}), role, slots=slots)
+        self.world._services.append(record(service, self.world.ledger))
+        return service
 
     @contextmanager
     def roles(self, which: Sequence[Role] = tuple(Role)) -> Iterator[dict[Role, Service]]:

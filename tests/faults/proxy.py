@@ -56,7 +56,7 @@ class Rule:
         times: float = float("inf"),
         every: int = 1,
         p: float = 1.0,
-        seed: int = 0,
+        seed: float = 0,
     ) -> None:
         self.names = frozenset(names)
         self.hits = 0
