@@ -13,7 +13,7 @@ from wfm.service import open_store
 
 
 def run_through(net, packages):
-    """Effects are not repeated: only what is written about them is written again, or a lease runs out before they begin."""
+    """No effect is repeated: what was found out is written again, and a lease nobody knows of runs out unused."""
     net.world.pipeline("p", TWO)
     with net.roles():
         net.world.register(*(net.world.package(f"a{i}") for i in range(packages)))
