@@ -1,4 +1,7 @@
-"""Seeds: every random choice of a fault test comes from one number, which a failure prints with the command."""
+"""Seeds: every random choice of a fault test comes from one number, which a failure prints with the command.
+
+And worlds with a network that can be made bad.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import shlex
 from collections.abc import Iterator
 
 import pytest
+
+from tests.faults.network import Network
+from tests.harness import World
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +32,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 def chance(seed: int) -> random.Random:
     """All random choices of this test."""
     return random.Random(seed)
+
+
+@pytest.fixture
+def net(world: World) -> Iterator[Network]:
+    network = Network(world)
+    yield network
+    network.close()
 
 
 @pytest.hookimpl(wrapper=True)
