@@ -171,7 +171,15 @@ class World:
     def config(self, name: str, **parameters: Any) -> None:
         self.apply(json.dumps({"kind": "config", "name": name, "parameters": parameters}))
 
-    def package(self, name: str, content: str = "", *, checksum: str | None = None, metadata: Any = None) -> Any:
+    def package(
+        self,
+        name: str,
+        content: str = "",
+        *,
+        checksum: str | None = None,
+        metadata: Any = None,
+        obs_unit: str = "unit",
+    ) -> Any:
         """A package with one file on disk, not registered yet."""
         folder = self.archive / name
         folder.mkdir(exist_ok=True)
@@ -179,7 +187,7 @@ class World:
         (folder / "raw.txt").write_bytes(data)
         return catalogue.PackageIn(
             name=name,
-            executed_obs_unit=catalogue.ExecutedObsUnitIn(name=name, obs_unit="unit", source="NGC253"),
+            executed_obs_unit=catalogue.ExecutedObsUnitIn(name=name, obs_unit=obs_unit, source="NGC253"),
             instrument="cam",
             module="mod1",
             metadata=metadata or {},

@@ -87,12 +87,12 @@ class Bench:
         for role in roles or Role:
             self._roles[role].close()
 
-    def victim(self, role: Role, *arguments: str) -> Victim:
+    def victim(self, role: Role, *arguments: str, **environ: str) -> Victim:
         """Start a role as a process; for the arguments see `tests.faults.role`."""
         log = self.world.directory / f"victim-{len(self._victims)}-{role}.log"
         log.touch()
         given = [role, "--ledger", str(self.world.ledger.path), *arguments]
-        process = _processes.Process(target=role_program.forked, args=(given, self.world.environ, log))
+        process = _processes.Process(target=role_program.forked, args=(given, {**self.world.environ, **environ}, log))
         with _starting:
             process.start()
         victim = Victim(process, log)
