@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check bench chaos recovery clean help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,6 +23,15 @@ check: $(VENV)/.dev ## style, strict types, import contract, statecharts
 
 bench: $(VENV)/.dev ## hand-over times, idle cost, runs per second
 	$(BIN)/python benchmarks/main_path.py $(ARGS)
+
+MINUTES ?= 10
+_CHAOS = $(BIN)/python -m tests.faults.chaos $(if $(SEED),--seed $(SEED)) $(if $(REPORT),--report $(REPORT))
+
+chaos: $(VENV)/.dev ## random faults against the whole system: MINUTES=10 SEED=... REPORT=FILE
+	$(_CHAOS) --minutes $(MINUTES) $(ARGS)
+
+recovery: $(VENV)/.dev ## each kind of fault once, 1,000 runs in flight, at the default intervals: SEED=... REPORT=FILE
+	$(_CHAOS) --recovery $(ARGS)
 
 clean: ## remove the virtual environment and caches (not .wfm: `wfm down` first, then remove it by hand)
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build dist

@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
-from wfm.events import Message
+from wfm.events import TYPES, Message
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +179,24 @@ class Bus:
         return [Entry(e.stream, e.id, e.body, counts.get(e.id, 1)) for e in entries]
 
     # --- upkeep ---
+
+    def mend(self, error: RedisError) -> None:
+        """If a key of ours holds something of another type, remove that: the ledger publishes again what it hid."""
+        if "WRONGTYPE" not in str(error):
+            return
+        types = dict.fromkeys((self.prefix + name for name in (*TYPES, "events")), b"stream")
+        types[self.prefix + "life"] = b"string"
+        pipe = self.client.pipeline(transaction=False)
+        for key in types:
+            pipe.type(key)
+        try:
+            found = zip(types.items(), pipe.execute(), strict=True)
+            wrong = [key for (key, type_), is_ in found if is_ not in (type_, b"none")]
+            if wrong:
+                log.warning("removed, for they were not of the type that wfm uses: %s", ", ".join(wrong))
+                self.client.delete(*wrong)
+        except RedisError as e:
+            log.warning("keys of another type could not be removed: %s", e)
 
     def life(self) -> tuple[str, bool]:
         """The name of this Redis' present life, and whether we have just given it: then Redis was empty."""

@@ -256,6 +256,7 @@ class Service:
             self.bus.send(messages, done)
         except RedisError as e:
             log.warning("Redis did not take %d messages and %d acknowledgements: %s", len(messages), len(done), e)
+            self.bus.mend(e)
 
     def _relay_turn(self, tx: Tx) -> None:
         """Publish again what is pending for too long, or at once when Redis was emptied."""
@@ -263,7 +264,8 @@ class Service:
         try:
             life, born = self.bus.life()
             backlog = self.bus.backlog(self._kinds)
-        except RedisError:
+        except RedisError as e:
+            self.bus.mend(e)
             return
         if born and self._life != life:
             n = tx.republish_all(location)
@@ -298,6 +300,7 @@ class Service:
                 fresh = True  # the reply that was lost may have assigned entries to us
                 if failures in (1, 10):
                     log.warning("Redis is away (%s); trying again", e)
+                self.bus.mend(e)
                 self.stopping.wait(backoff(failures, 0.1, 5.0) * random.uniform(0.5, 1.5))  # noqa: S311
                 continue
             if entries:

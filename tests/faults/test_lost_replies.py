@@ -1,0 +1,69 @@
+"""The server did it and the client does not know: replies of COMMIT, XADD, XREADGROUP and XACK that are lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.network import TWO
+from tests.faults.proxy import PostgresProxy
+from tests.harness import wait_until
+from wfm.config import load
+from wfm.model import Role
+from wfm.service import open_store
+
+
+def run_through(net, packages):
+    """No effect is repeated: what was found out is written again, and a lease nobody knows of runs out unused."""
+    net.world.pipeline("p", TWO)
+    with net.roles():
+        net.world.register(*(net.world.package(f"a{i}") for i in range(packages)))
+        wait_until(lambda: net.world.all_covered(packages + 1), what="all covered")
+        return net.world.check()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_other_commit_of_every_role_loses_its_reply(net, first):
+    """The two together meet the first, the second, … and the n-th commit of each role."""
+    rules = {r: net.postgres[r].lose_replies("COMMIT", skip=first, every=2) for r in Role}
+    run_through(net, 2)
+    assert all(r.hits >= 3 for r in rules.values()), {r: rule.hits for r, rule in rules.items()}
+
+
+def test_commits_of_all_roles_lose_their_replies_at_random(net, chance):
+    rules = [p.lose_replies("COMMIT", p=0.3, seed=chance.random()) for p in net.postgres.all()]
+    run_through(net, 3)
+    assert all(r.hits for r in rules)
+
+
+def test_commits_of_all_roles_are_lost_at_random(net, chance):
+    rules = [p.lose_requests("COMMIT", p=0.2, seed=chance.random()) for p in net.postgres.all()]
+    run_through(net, 3)
+    assert all(r.hits for r in rules)
+
+
+def test_registrations_and_cancellations_of_clients_lose_their_replies(net, chance):
+    """What the client does not know, it asks again; what it was promised, is so."""
+    world = net.world
+    world.pipeline("p", TWO)
+    with PostgresProxy(world.settings.database_url) as proxy, net.roles():
+        direct, world.store = world.store, open_store(load({**world.environ, "WFM_DATABASE_URL": proxy.url}))
+        try:
+            replies = proxy.lose_replies("COMMIT", p=0.5, seed=chance.random())
+            requests = proxy.lose_requests("COMMIT", p=0.2, seed=chance.random())
+            for i in range(8):
+                world.register(world.package(f"a{i}"))
+            assert replies.hits + requests.hits == sum(c.outcome == "unknown" for c in world.history.calls)
+        finally:
+            world.store.close()
+            world.store = direct
+        world.register(*(world.package(f"a{i}") for i in range(8)))
+        wait_until(lambda: world.all_covered(9), what="all covered")
+        assert world.check().unknown >= 1
+
+
+@pytest.mark.parametrize("command", ["XADD", "XREADGROUP", "XACK"])
+def test_every_other_reply_of_redis_is_lost(net, command):
+    """They go in one pipeline: when the reply to one is lost, so are those to all that follow."""
+    rules = [p.lose_replies(command, every=2) for p in net.redis.all()]
+    run_through(net, 3)
+    assert sum(r.hits for r in rules) >= 4
