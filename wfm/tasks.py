@@ -113,6 +113,7 @@ class TaskRunner:
         self.deliver = deliver
         self.stopping = False
         self.again_in: float | None = None
+        self._alone = False
         self._held: dict[int, TaskRow] = {}
         self._lock = threading.Lock()
         self._pools = {k.name: ThreadPoolExecutor(k.slots, thread_name_prefix=k.name) for k in kinds}
@@ -129,14 +130,14 @@ class TaskRunner:
 
     def claim(self, tx: Tx) -> Callable[[], None]:
         """Lease what there are threads for; call the result after the commit to begin the work."""
-        if self.stopping:
+        if self.stopping or (self._alone and self._held):
             return lambda: None
         with self._lock:
             busy: dict[str, int] = defaultdict(int)
             for t in self._held.values():
                 busy[t.kind] += 1
         free = {k.name: k.slots * max(k.batch, 4) - busy[k.name] for k in self.kinds.values()}
-        tasks = tx.claim_tasks(self.location_id, free, self.owner, self.lease)
+        tasks = self._part(tx, tx.claim_tasks(self.location_id, free, self.owner, self.lease))
         by_kind: dict[str, list[TaskRow]] = defaultdict(list)
         for t in tasks:
             by_kind[t.kind].append(t)
@@ -144,11 +145,11 @@ class TaskRunner:
         broken: list[Outcome] = []
         unwanted: list[TaskRow] = []
         for kind, rows in by_kind.items():
-            tried = [t for t in rows if t.tries >= self.max_tries]
+            tried = [t for t in rows if t.tries > self.max_tries]
             broken += [
                 Outcome(t, error=WfmError(f"{t.tries} workers ended or lost touch while doing it")) for t in tried
             ]
-            fresh = [t for t in rows if t.tries < self.max_tries]
+            fresh = [t for t in rows if t.tries <= self.max_tries]
             works, faults = self._prepare(tx, self.kinds[kind], fresh)
             broken += faults
             failed = {o.task.id for o in faults}
@@ -167,6 +168,20 @@ class TaskRunner:
                     self._pools[kind.name].submit(self._perform, kind, mine[i : i + kind.batch])
 
         return begin
+
+    def _part(self, tx: Tx, tasks: Sequence[TaskRow]) -> Sequence[TaskRow]:
+        """Of leased tasks, those to take on; the others are given back.
+
+        A task whose workers ended, as often as is allowed, may be what ended them, or may only have been beside it: it
+        has one more chance, alone. Nothing else is begun until it is over, and it waits for what is in hand.
+        """
+        last = [t for t in tasks if t.tries == self.max_tries]
+        self._alone = bool(last)
+        if not last:
+            return tasks
+        mine = [t for t in tasks if t.tries > self.max_tries] + ([] if self._held else last[:1])
+        tx.end_tasks([TaskEnd(t, "ready", tries=t.tries) for t in tasks if t not in mine])
+        return mine
 
     def _prepare(self, tx: Tx, kind: Kind, tasks: Sequence[TaskRow]) -> tuple[Mapping[int, Any], list[Outcome]]:
         """Prepare all at once; if that breaks, one by one, so that a bad one falls out alone."""
