@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import redis
 
+from tests.faults.checker import EFFECTS
 from tests.faults.network import HASTE, ONE, TWO, at_work
-from tests.harness import ACTOR, wait_until
+from tests.harness import ACTOR, REPOSITORY, wait_until
 from wfm import catalogue
-from wfm.model import Role, RunState
+from wfm.model import Role, RunState, TaskKind
 from wfm.store import Tx
 
 ARRIVED = "wfm:{1}:data.arrived"
@@ -241,17 +246,74 @@ class Mortal:
     """A role that run 2 kills, started again whenever it ends. See `tests.faults.deadly`."""
 
     def __init__(self, world, kind, role):
-        self._start = lambda: world.spawn(role, "--ledger", str(world.ledger.path), module=["tests.faults.deadly", kind])
-        self.process = self._start()
-        self.deaths = 0
+        self._world = world
+        self._words = [sys.executable, "-m", "tests.faults.deadly", kind, role, "--ledger", str(world.ledger.path)]
+        self.deaths = -1
+        self._start()
 
-    def revive(self):
+    def _start(self):
+        environ = {**os.environ, **self._world.environ}
+        self.process = subprocess.Popen(self._words, env=environ, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        self._world._processes.append(self.process)
+        self.deaths += 1
+
+    def revived(self):
+        """Have it live; True, for conditions that wait meanwhile."""
         if self.process.poll() is not None:
-            assert self.process.returncode == 9
-            self.deaths += 1
-            assert self.deaths <= 12, "a crash loop for ever"
-            self.process = self._start()
+            assert self.process.returncode == -signal.SIGKILL
+            assert self.deaths < 10, "a crash loop for ever"
+            self._start()
+        return True
 
-    def stop(self):
-        self.process.terminate()
-        return self.process.wait(timeout=30)
+
+@pytest.fixture
+def mortal():
+    made = []
+
+    def make(*args):
+        made.append(Mortal(*args))
+        return made[-1]
+
+    yield make
+    for m in made:
+        m.process.kill()
+        m.process.wait()
+
+
+def test_an_event_that_kills_its_reader_is_buried_and_its_neighbours_are_not(net, mortal):
+    world = net.world
+    world.environ |= {"WFM_MAX_DELIVERIES": "2", "WFM_RECONCILE_SECONDS": "1"}
+    world.pipeline("p", TWO)
+    with net.roles([r for r in Role if r is not Role.TRIGGER_MANAGER]):
+        with net.roles([Role.TRIGGER_MANAGER]):
+            world.register(*(world.package(f"a{i}") for i in range(4)))
+            wait_until(lambda: len(world.runs()) == 4)
+        wait_until(lambda: world.states()["one", RunState.COMPLETED] == 4)
+        trigger_manager = mortal(world, "run.collected", Role.TRIGGER_MANAGER)
+        wait_until(lambda: trigger_manager.revived() and world.query("SELECT 1 FROM dead_letter"), what="buried")
+        wait_until(lambda: trigger_manager.revived() and world.all_covered(5), what="all covered")
+        trigger_manager.process.kill()
+        with net.roles([Role.TRIGGER_MANAGER]):  # late copies harm nobody who survives them
+            world.check(dead_letters=1)
+    (dead,) = world.query("SELECT reason FROM dead_letter")
+    assert dead.reason == "handed out 2 times without success"
+    assert trigger_manager.deaths >= 2
+
+
+@pytest.mark.parametrize("kind", [TaskKind.STAGE, TaskKind.SUBMIT])
+def test_a_task_that_kills_its_worker_fails_and_its_neighbours_do_not(net, mortal, kind):
+    """They are leased together, so each death is one of them all; the last chance is had alone."""
+    world = net.world
+    world.environ |= {"WFM_MAX_TASK_TRIES": "1"}
+    world.pipeline("p", ONE)
+    world.register(*(world.package(f"a{i}") for i in range(4)))
+    with net.roles([r for r in Role if r is not Role.WORKER]):
+        wait_until(lambda: world.states()["one", RunState.STAGING_DATA] == 4)
+        worker = mortal(world, kind, Role.WORKER)
+        wait_until(lambda: worker.revived() and world.states()["one", RunState.FAILED] == 1, what="it failed")
+        wait_until(lambda: worker.revived() and world.states()["one", RunState.COMPLETED] == 3, what="others did not")
+        world.check(repeats=EFFECTS)
+    (failed,) = world.query("SELECT id, message FROM run WHERE state = 'FAILED'")
+    assert failed.id == 2
+    assert failed.message == f"{kind}: 2 workers ended or lost touch while doing it"
+    assert worker.deaths == 2
