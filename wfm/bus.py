@@ -228,7 +228,7 @@ class Bus:
 
 def _entries(stream: Any, raw: Any) -> list[Entry]:
     """Entries of a reply. One whose body was deleted comes back empty (its form differs by server version): it is
-    handed on with an empty body, for the ledger to judge."""
+    handed on with an empty body, for the ledger to judge. One without our field has all its fields for a body."""
     name = stream.decode() if isinstance(stream, bytes) else str(stream)
     if raw and isinstance(raw[0], list) and raw[0] and isinstance(raw[0][0], (list, tuple)):
         raw = raw[0]  # RESP3 nests the entries once more
@@ -237,5 +237,6 @@ def _entries(stream: Any, raw: Any) -> list[Entry]:
         if item is None or item[0] is None:
             continue
         fields = item[1] or {}
-        out.append(Entry(name, item[0].decode(), fields.get(FIELD, b"") if isinstance(fields, dict) else b""))
+        foreign = b", ".join(b"%s: %s" % pair for pair in fields.items())
+        out.append(Entry(name, item[0].decode(), fields.get(FIELD, foreign)))
     return out

@@ -7,14 +7,17 @@ Events of a run are emitted by its statechart (which also names their recipient)
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from wfm.model import Role
 
 SCHEMA_VERSION = 1
+
+Key = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+"""What Postgres takes for a key: a message from outside may hold any number."""
 
 
 class Event(Struct, frozen=True, tag_field="type", kw_only=True, omit_defaults=True):
@@ -27,7 +30,7 @@ class Event(Struct, frozen=True, tag_field="type", kw_only=True, omit_defaults=T
         actor: who caused it. reason: why.
     """
 
-    id: int | None = None
+    id: Key | None = None
     schema: int = SCHEMA_VERSION
     at: str = ""
     actor: str = ""
@@ -44,7 +47,7 @@ class DataArrived(Event, frozen=True, tag="data.arrived", kw_only=True):
         raw_data_package: id or name in the catalogue.
     """
 
-    raw_data_package: int | str
+    raw_data_package: Key | str
 
 
 class PipelineChanged(Event, frozen=True, tag="pipeline.changed", kw_only=True):
@@ -55,7 +58,7 @@ class PipelineChanged(Event, frozen=True, tag="pipeline.changed", kw_only=True):
     """
 
     pipeline: str = ""
-    pipeline_id: int
+    pipeline_id: Key
 
 
 class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
@@ -73,7 +76,7 @@ class RunEvent(Event, frozen=True, kw_only=True):
         pipeline, step, unit: names. state: the state entered.
     """
 
-    run: int
+    run: Key
     version: int
     attempt: int = 1
     pipeline: str = ""

@@ -120,10 +120,7 @@ class Service:
         if outcomes:
             self._settle(outcomes)
         if entries:
-            try:
-                self._consume(entries)
-            finally:
-                self._consumed.set()
+            self._deal(entries)
         for sweep in self._sweeps:
             if sweep.next_at <= time.monotonic():
                 sweep.next_at = time.monotonic() + sweep.seconds * random.uniform(0.9, 1.1)  # noqa: S311
@@ -136,21 +133,51 @@ class Service:
 
     # --- messages ---
 
+    def _deal(self, entries: Sequence[Entry]) -> None:
+        """Consume a batch; what cannot even be buried stays in the group, to be claimed again."""
+        try:
+            self._consume(entries)
+        except _StopError:
+            raise
+        except Exception:
+            log.exception("%d messages could not be dealt with; they come again", len(entries))
+        finally:
+            self._consumed.set()
+
     def _consume(self, entries: Sequence[Entry]) -> None:
-        good: list[tuple[Entry, events.Event]] = []
+        fresh: list[tuple[Entry, events.Event]] = []
+        again: list[tuple[Entry, events.Event]] = []
         for entry in entries:
             if not entry.body:
                 # Deleted while pending: if it still matters, the ledger publishes it again.
                 self._send([], [entry])
-            elif entry.deliveries > self.settings.max_deliveries:
-                self._bury(entry, f"delivered {entry.deliveries} times without success")
+                continue
+            try:
+                event = events.decode(entry.type, entry.body)
+            except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as e:
+                self._bury(entry, f"cannot be decoded: {e}")
             else:
-                try:
-                    good.append((entry, events.decode(entry.type, entry.body)))
-                except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as e:
-                    self._bury(entry, f"cannot be decoded: {e}")
-        if good:
-            self._handle(good)
+                (again if entry.deliveries > 1 else fresh).append((entry, event))
+        if fresh:
+            self._handle(fresh)
+        for one in again:
+            self._handle_again(*one)
+
+    def _handle_again(self, entry: Entry, event: events.Event) -> None:
+        """One that somebody took and did not finish: it may be what ended him.
+
+        So it is handled alone, and counted before: its neighbours are not blamed for it, and no copy of it starts anew.
+        """
+        tries = entry.deliveries - 1
+        if event.id is not None:
+            tries = self._count_failure(event.id)
+            if not tries:  # it is done meanwhile
+                self._send([], [entry])
+                return
+        if tries >= self.settings.max_deliveries:
+            self._bury(entry, f"handed out {tries} times without success", event.id)
+        else:
+            self._handle([(entry, event)])
 
     def _handle(self, batch: Sequence[tuple[Entry, events.Event]]) -> None:
         def work(tx: Tx) -> Callable[[], None] | None:
@@ -176,21 +203,25 @@ class Service:
         if event.id is None:
             self._bury(entry, f"{type(error).__name__}: {error}")
             return
-        event_id = event.id
         most = self.settings.max_deliveries
+        if self._count_failure(event.id) >= most:
+            self._bury(entry, f"failed {most} times; the last time {type(error).__name__}: {error}", event.id)
+        else:
+            self._send([], [entry])
+
+    def _count_failure(self, event_id: int) -> int:
+        """How often handling an event failed, now included; 0 if it is done. The ledger publishes it again later."""
 
         def work(tx: Tx) -> int:
             row = tx.all("SELECT failures FROM event WHERE id = :id", id=event_id)
             wait = backoff(row[0].failures + 1 if row else 1, 5.0, 600.0)
             return tx.count_failure(event_id, wait)
 
-        if self._transact(work)[0] >= most:
-            self._bury(entry, f"failed {most} times; the last time {type(error).__name__}: {error}", event_id)
-        else:
-            self._send([], [entry])
+        return self._transact(work)[0]
 
     def _bury(self, entry: Entry, reason: str, event_id: int | None = None) -> None:
         log.error("message %s on %s goes to the dead letters: %s", entry.id, entry.stream, reason)
+        reason = reason.replace("\0", "\\0")  # a text that quotes the message; Postgres has no zero in texts
 
         def work(tx: Tx) -> None:
             location = self.settings.processing_location_id
@@ -325,7 +356,7 @@ class Service:
                 if isinstance(item, Outcome):
                     self._settle([item])
                 elif isinstance(item, _Messages):
-                    self._consume(item.entries)
+                    self._deal(item.entries)
             if self.work.busy:
                 self._transact(self.work.hand_back)
             self.bus.leave()

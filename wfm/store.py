@@ -704,6 +704,15 @@ class Store:
         self.engine.dispose()
 
 
+_NOTICE_SILENCE = {
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""s, s, times, ms: until a Postgres whose host is gone without a word is given up; the kernel alone waits for hours."""
+
+
 def connect(url: str, schema: str) -> Engine:
     """An engine whose connections have `schema` on their search path and run in UTC."""
     engine = create_engine(
@@ -713,7 +722,7 @@ def connect(url: str, schema: str) -> Engine:
         isolation_level="READ COMMITTED",
         json_serializer=lambda v: msgspec.json.encode(v).decode(),
         json_deserializer=msgspec.json.decode,
-        connect_args={"connect_timeout": 10, "application_name": "wfm"},
+        connect_args={"connect_timeout": 10, "application_name": "wfm", **_NOTICE_SILENCE},
     )
 
     @sa_event.listens_for(engine, "connect")

@@ -114,6 +114,7 @@ class TaskRunner:
         self.deliver = deliver
         self.stopping = False
         self.again_in: float | None = None
+        self._alone = False
         self._held: dict[int, TaskRow] = {}
         self._lock = threading.Lock()
         self._pools = {k.name: ThreadPoolExecutor(k.slots, thread_name_prefix=k.name) for k in kinds}
@@ -130,20 +131,20 @@ class TaskRunner:
 
     def claim(self, tx: Tx) -> Callable[[], None]:
         """Lease what there are threads for; call the result after the commit to begin the work."""
-        if self.stopping:
+        if self.stopping or (self._alone and self._held):
             return lambda: None
         with self._lock:
             busy: dict[str, int] = defaultdict(int)
             for t in self._held.values():
                 busy[t.kind] += 1
         free = {k.name: k.slots * max(k.batch, 4) - busy[k.name] for k in self.kinds.values()}
-        tasks = tx.claim_tasks(self.location_id, free, self.owner, self.lease)
-        fresh = [t for t in tasks if t.tries < self.max_tries]
+        tasks = self._part(tx, tx.claim_tasks(self.location_id, free, self.owner, self.lease))
+        fresh = [t for t in tasks if t.tries <= self.max_tries]
         works, broken = self._prepare(tx, fresh)
         broken += [
             Outcome(t, error=WfmError(f"{t.tries} workers ended or lost touch while doing it"))
             for t in tasks
-            if t.tries >= self.max_tries
+            if t.tries > self.max_tries
         ]
         given_up = {o.task.id for o in broken}
         jobs = [_Job(t, works[t.id]) for t in fresh if t.id in works]
@@ -161,6 +162,20 @@ class TaskRunner:
                     self._pools[kind.name].submit(self._perform, kind, mine[i : i + kind.batch])
 
         return begin
+
+    def _part(self, tx: Tx, tasks: Sequence[TaskRow]) -> Sequence[TaskRow]:
+        """Of leased tasks, those to take on; the others are given back.
+
+        A task whose workers ended, as often as is allowed, may be what ended them, or may only have been beside it: it
+        has one more chance, alone. Nothing else is begun until it is over, and it waits for what is in hand.
+        """
+        last = [t for t in tasks if t.tries == self.max_tries]
+        self._alone = bool(last)
+        if not last:
+            return tasks
+        mine = [t for t in tasks if t.tries > self.max_tries] + ([] if self._held else last[:1])
+        tx.end_tasks([TaskEnd(t, "ready", tries=t.tries) for t in tasks if t not in mine])
+        return mine
 
     def _prepare(self, tx: Tx, tasks: Sequence[TaskRow]) -> tuple[dict[int, Any], list[Outcome]]:
         """Prepare all at once; if that breaks, one by one, so that a bad one falls out alone."""

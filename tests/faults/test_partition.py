@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 
 import pytest
@@ -10,6 +12,7 @@ from tests.faults.checker import EFFECTS
 from tests.faults.network import ONE, TWO, at_work
 from tests.harness import wait_until
 from wfm.model import Role, TaskKind
+from wfm.store import connect
 
 OTHERS = [r for r in Role if r is not Role.WORKER]
 
@@ -111,3 +114,20 @@ def test_a_slow_network_is_only_slow(net):
         world.register(*(world.package(f"a{i}") for i in range(2)))
         wait_until(lambda: world.all_covered(3), what="all covered")
         world.check()
+
+
+def test_a_postgres_that_fell_silent_is_given_up(net):
+    """A host that is gone sends nothing, not even an end: only the kernel can notice, when it is told to look."""
+    engine = connect(net.postgres[Role.WORKER].url, "wfm")
+    with engine.connect() as c:
+        fileno = c.connection.dbapi_connection.fileno()
+        with socket.socket(fileno=os.dup(fileno)) as s:
+            assert s.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle, interval, count = (
+                s.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            unheard = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+    engine.dispose()
+    assert idle + interval * count <= 60
+    assert 0 < unheard <= 60
