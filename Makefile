@@ -21,8 +21,8 @@ check: $(VENV)/.dev ## style, strict types, import contract, statecharts
 	$(BIN)/lint-imports
 	$(BIN)/wfm charts check
 
-bench: $(VENV)/.dev ## hand-over times, idle cost, runs per second
-	$(BIN)/python benchmarks/main_path.py $(ARGS)
+bench: $(VENV)/.dev ## hand-over times, idle cost, runs per second: REPORT=FILE
+	$(BIN)/python benchmarks/main_path.py $(if $(REPORT),--report $(REPORT)) $(ARGS)
 
 MINUTES ?= 10
 _CHAOS = $(BIN)/python -m tests.faults.chaos $(if $(SEED),--seed $(SEED)) $(if $(REPORT),--report $(REPORT))
