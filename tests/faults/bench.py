@@ -56,6 +56,10 @@ class Victim:
     def is_frozen(self) -> bool:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
+    def came_by(self, point: str) -> bool:
+        """Whether it reached what it was to do something at."""
+        return f"came by {point}:" in self.log.read_text()
+
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
