@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,17 @@ def test_a_frozen_role_is_replaced_and_changes_nothing_when_it_thaws(here, role,
     assert zombie.wait(10) == 0
     world.check(repeats=EFFECTS)
     assert bool(held) == (kind in {*EFFECTS, "poll"})
+
+
+def test_a_thawed_role_is_not_heard_while_another_holds_its_task(here):
+    zombie = begin(here, Role.WORKER, "--freeze", "after-stage")
+    wait_until(lambda: zombie.is_frozen, what="frozen")
+    holder = here.victim(Role.WORKER, "--hold", "after-stage")
+    wait_until(lambda: holder.came_by("after-stage"), what="the other one has it")
+    zombie.send(signal.SIGCONT)
+    wait_until(lambda: "came too late" in zombie.log.read_text(), what="its outcome is refused")
+    holder.send(signal.SIGKILL)
+    here.world.check(repeats={"stage"})
 
 
 def test_a_frozen_job_goes_on_when_it_thaws_and_is_not_repeated(here):
@@ -191,21 +203,16 @@ def test_clocks_an_hour_fast_and_an_hour_slow(here, role):
     world.config("c", seconds=0.1)
     world.pipeline("p", [{**STEP, "config": "c", "max_retries": 1}])
     here.start(*set(Role) - {role})
-    skewed = {
-        hours: world.spawn(
-            role,
-            LD_PRELOAD=str(library),
-            FAKETIME=f"{hours:+d}h",
-            FAKETIME_DONT_FAKE_MONOTONIC="1",
-            NO_FAKE_STAT="1",
-        )
-        for hours in (-1, 1)
-    }
+    real = {"DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+    now = datetime.now(UTC)
+    skewed = [world.spawn(role, LD_PRELOAD=str(library), FAKETIME=f"{h:+d}h", **real) for h in (-1, 1)]
     for n in range(6):
         world.register(world.package(f"a{n}"))
     wait_until(lambda: world.all_covered(6))
-    report = world.check()
-    assert report.completed == 6
-    for process in skewed.values():
+    assert world.check().completed == 6
+    for process in skewed:
         process.terminate()
         assert process.wait(HANDED_BACK) == 0
+    log = (world.directory / f"{role}.log").read_text()
+    began = [datetime.fromisoformat(line.split()[0]) for line in log.splitlines() if line.endswith("is at work")]
+    assert sorted(round((t - now) / timedelta(hours=1)) for t in began) == [-1, 1], "their clocks were wrong indeed"
