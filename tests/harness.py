@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tests.faults.checker import Report, check
 from tests.faults.history import Call, History
@@ -81,6 +80,17 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = 
     return value
 
 
+class Process(Protocol):
+    """A role that is a process of its own."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it lives."""
+        ...
+
+
 class World:
     def __init__(self, directory: Path, database_url: str, redis_url: str, **environ: str) -> None:
         self.directory = directory
@@ -90,10 +100,8 @@ class World:
         self.history = History()
         self.program = directory / "step_program.py"
         self.program.write_text(PROGRAM.format(repository=str(REPOSITORY), ledger=str(self.ledger.path)))
-        self.killed: set[int] = set()
-        """Processes that a test kills: the names under which they read may stand for an hour."""
         self._services: list[Service] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Process] = []
         self.environ = {
             "WFM_DATABASE_URL": database_url,
             "WFM_REDIS_URL": redis_url,
@@ -262,11 +270,11 @@ class World:
         return check(self, **expected)
 
     def lives(self, consumer: str) -> bool:
-        """Whether who reads under this name is at work, or was killed by the test."""
+        """Whether who reads under this name is at work, or came to no good end: then the name may stand for an hour."""
         pid = int(consumer.split(":")[1])
         if pid == os.getpid():
             return consumer in {s.bus.consumer for s in self._services}
-        return pid in self.killed or any(p.pid == pid and p.poll() in (None, -signal.SIGKILL) for p in self._processes)
+        return any(p.pid == pid and p.poll() != 0 for p in self._processes)
 
     # --- the roles ---
 
@@ -301,5 +309,9 @@ class World:
                 stdin=subprocess.DEVNULL,
                 cwd=REPOSITORY,
             )
-        self._processes.append(process)
+        self.watch(process)
         return process
+
+    def watch(self, process: Process) -> None:
+        """Know a role that somebody else started."""
+        self._processes.append(process)

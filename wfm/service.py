@@ -72,6 +72,8 @@ class Service:
         self.work = work
         self.inbox = inbox
         self.stopping = threading.Event()
+        self.abandoned = False
+        """Whether tasks were handed back whose threads may never return."""
         self._consumed = threading.Event()
         self._life = ""
         self._kinds = [name for name, t in events.TYPES.items() if t.durable]
@@ -358,6 +360,7 @@ class Service:
                 elif isinstance(item, _Messages):
                     self._deal(item.entries)
             if self.work.busy:
+                self.abandoned = True
                 self._transact(self.work.hand_back)
             self.bus.leave()
         except (_StopError, RedisError, WfmError) as e:
@@ -448,3 +451,6 @@ def serve(settings: Settings, role: Role, *, name: str = "worker", slots: int = 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     service.run()
+    if service.abandoned:
+        logging.shutdown()
+        os._exit(0)  # Python would wait for the threads of tasks, and a file system may hold one for ever

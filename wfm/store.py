@@ -712,6 +712,9 @@ _NOTICE_SILENCE = {
 }
 """s, s, times, ms: until a Postgres whose host is gone without a word is given up; the kernel alone waits for hours."""
 
+FROZEN_SECONDS = 120
+"""Who freezes in the middle of a transaction loses it, and the locks that others wait for, after this time."""
+
 
 def connect(url: str, schema: str) -> Engine:
     """An engine whose connections have `schema` on their search path and run in UTC."""
@@ -730,7 +733,7 @@ def connect(url: str, schema: str) -> Engine:
         with connection.cursor() as cursor:
             cursor.execute(
                 f"SET search_path TO \"{schema}\", pg_catalog; SET timezone TO 'UTC';"
-                "SET lock_timeout TO '30s'; SET idle_in_transaction_session_timeout TO '120s'"
+                f"SET lock_timeout TO '30s'; SET idle_in_transaction_session_timeout TO '{FROZEN_SECONDS}s'"
             )
         connection.commit()
 

@@ -46,9 +46,8 @@ class Victim:
         assert self.process.pid is not None
         return self.process.pid
 
-    @property
-    def exit_code(self) -> int | None:
-        """As `subprocess` counts: minus the signal that ended it; None while it lives."""
+    def poll(self) -> int | None:
+        """Its exit code, minus the signal that ended it; None while it lives."""
         with _starting:
             return self.process.exitcode
 
@@ -56,13 +55,17 @@ class Victim:
     def is_frozen(self) -> bool:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
+    def came_by(self, point: str) -> bool:
+        """Whether it reached what it was to do something at."""
+        return f"came by {point}:" in self.log.read_text()
+
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
     def wait(self, seconds: float = 30.0) -> int:
         """Its exit code, when it has ended."""
         deadline = time.monotonic() + seconds
-        while (code := self.exit_code) is None:
+        while (code := self.poll()) is None:
             assert time.monotonic() < deadline, f"{self.pid} did not end within {seconds} s:\n{self.tail()}"
             time.sleep(0.01)
         return code
@@ -97,14 +100,14 @@ class Bench:
             process.start()
         victim = Victim(process, log)
         self._victims.append(victim)
-        self.world.killed.add(victim.pid)
+        self.world.watch(victim)
         return victim
 
     def close(self) -> None:
         """End everything, gently where that works."""
         self.stop()
         for victim in self._victims:
-            if victim.exit_code is None:
+            if victim.poll() is None:
                 victim.send(signal.SIGKILL)
                 victim.wait()
         self.world.close()

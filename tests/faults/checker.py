@@ -142,8 +142,9 @@ def restless(world: World) -> list[str]:
         found += [
             f"postgres: session {s.pid} left a transaction open after {s.query!r}"
             for s in tx.all(
-                "SELECT pid, query FROM pg_stat_activity WHERE datname = current_database()"
+                "SELECT pid, query FROM pg_stat_activity a WHERE datname = current_database()"
                 " AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'"
+                " AND EXISTS (SELECT 1 FROM pg_locks l WHERE l.pid = a.pid AND l.locktype <> 'virtualxid')"
             )
         ]
     bus = open_bus(world.settings)

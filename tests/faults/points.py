@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import signal
 import threading
@@ -18,8 +19,10 @@ from msgspec import Struct
 
 from wfm.model import Role
 
-Action = Literal["kill", "freeze", "hold"]
-"""SIGKILL or SIGSTOP to the process itself; or the thread waits for ever."""
+log = logging.getLogger(__name__)
+
+Action = Literal["kill", "freeze", "hold", "dawdle"]
+"""SIGKILL or SIGSTOP to the process itself; or the thread waits for ever, or until the role is told to stop."""
 
 EVERY = tuple(Role)
 TASKED = (Role.WORKER, Role.RESULT_MANAGER)
@@ -106,8 +109,25 @@ POINTS: dict[str, Point] = {
 
 
 def arm(name: str, action: Action, nth: int = 1) -> None:
-    """Act when this process comes by a point for the nth time; only once."""
-    _watch(POINTS[name], _Nth(nth, _ACTIONS[action]))
+    """Act, once, when this process comes by a point for the nth time; it says so in its log before."""
+
+    def act() -> None:
+        log.warning("came by %s: %s", name, action)
+        _ACTIONS[action]()
+
+    if action == "dawdle":
+        _watch(Point("wfm.service:Service.stop", "after"), _told_to_stop.set)
+    _watch(POINTS[name], _Nth(nth, act))
+
+
+_told_to_stop = threading.Event()
+
+_ACTIONS: dict[Action, Callable[[], object]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hold": lambda: threading.Event().wait(),
+    "dawdle": _told_to_stop.wait,
+}
 
 
 class _Nth:
@@ -147,10 +167,3 @@ def _watch(point: Point, act: Callable[[], None]) -> None:
         return result
 
     setattr(owner, name, wrapper)
-
-
-_ACTIONS: dict[Action, Callable[[], None]] = {
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "hold": lambda: threading.Event().wait() and None,
-}

@@ -1,8 +1,8 @@
 """A role as a process of its own, whose effects are recorded::
 
-    python -m tests.faults.role worker --ledger FILE [--kill POINT | --freeze POINT | --hold POINT ...] [--nth N]
+    python -m tests.faults.role worker --ledger FILE [--kill | --freeze | --hold | --dawdle POINT] [--nth N]
 
-Points are those of `tests.faults.points`.
+Points and what happens there are those of `tests.faults.points`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,31 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from tests.faults import points
 from tests.faults.ledger import Ledger
 from tests.faults.recorded import record
-from wfm import service
+from wfm import service, store
 from wfm.cli.context import start_logging
 from wfm.config import load
 from wfm.model import Role
+
+ACTIONS: tuple[points.Action, ...] = get_args(points.Action)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("role", type=Role)
     parser.add_argument("--ledger", type=Ledger, required=True)
-    for action in ("kill", "freeze", "hold"):
+    for action in ACTIONS:
         parser.add_argument(f"--{action}", choices=points.POINTS, action="append", default=[])
     parser.add_argument("--nth", type=int, default=1)
     given = parser.parse_args(arguments)
-    for action in ("kill", "freeze", "hold"):
+    for action in ACTIONS:
         for name in getattr(given, action):
             points.arm(name, action, given.nth)
+    store.FROZEN_SECONDS = 2  # a test cannot wait for two minutes
     build = service.build
     service.build = lambda *args, **kwargs: record(build(*args, **kwargs), given.ledger)
     settings = load()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.checker import EFFECTS
 from tests.harness import ACTOR, wait_until
 from wfm import acts, views
 from wfm.model import Role
@@ -390,32 +389,6 @@ def test_several_copies_of_every_role_do_nothing_twice(world):
         world.check()
     done_once(world)
     assert world.states()["one", "COMPLETED"] == 20
-
-
-@pytest.mark.parametrize("role", [*Role, None], ids=lambda r: str(r or "all"))
-def test_kill_nine_and_start_again(world, role):
-    """Any role, or all of them, killed several times in the middle: the same result, no job twice."""
-    world.environ |= {"WFM_LEASE_SECONDS": "2", "WFM_CLAIM_IDLE_SECONDS": "1", "WFM_REPUBLISH_SECONDS": "2"}
-    world.config("c", seconds=0.3)
-    world.pipeline("p", [{**TWO[0], "config": "c", "resources": {"cpu": 1, "memory_gb": 0.1}}, TWO[1]])
-    processes = {r: world.spawn(r) for r in Role}
-    try:
-        world.register(*(world.package(f"a{i:02}") for i in range(12)))
-        for n in (1, 4, 8):
-            wait_until(lambda n=n: len(world.executions()) >= n, what=f"{n} executions")
-            for victim in [role] if role else list(Role):
-                processes[victim].send_signal(signal.SIGKILL)
-                processes[victim].wait(timeout=10)
-                processes[victim] = world.spawn(victim)
-        wait_until(lambda: world.all_covered(13), 120, what="all covered")
-        world.check(repeats=EFFECTS)
-    finally:
-        for p in processes.values():
-            p.terminate()
-        for p in processes.values():
-            assert p.wait(timeout=15) == 0
-    assert world.states() == {("one", "COMPLETED"): 12, ("two", "COMPLETED"): 1}
-    assert done_once(world) == 13
 
 
 def test_sigterm_hands_back_what_is_in_hand_and_the_next_one_goes_on(world):
