@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.network import TWO
+from tests.faults.checker import EFFECTS
+from tests.faults.network import SHORT_LEASE, TWO
 from tests.faults.proxy import PostgresProxy
 from tests.harness import wait_until
 from wfm.config import load
@@ -13,12 +14,12 @@ from wfm.service import open_store
 
 
 def run_through(net, packages):
-    """No effect is repeated: what was found out is written again, and a lease nobody knows of runs out unused."""
+    net.world.environ |= SHORT_LEASE  # one whose commit nobody knows of must run out
     net.world.pipeline("p", TWO)
     with net.roles():
         net.world.register(*(net.world.package(f"a{i}") for i in range(packages)))
         wait_until(lambda: net.world.all_covered(packages + 1), what="all covered")
-        return net.world.check()
+        return net.world.check(repeats=EFFECTS)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from tests.faults.checker import EFFECTS
-from tests.faults.network import HASTE, ONE, TWO, at_work
+from tests.faults.network import HASTE, ONE, SHORT_LEASE, TWO, at_work
 from tests.harness import ACTOR, REPOSITORY, wait_until
 from wfm import catalogue
 from wfm.model import Role, RunState, TaskKind
@@ -305,7 +305,7 @@ def test_an_event_that_kills_its_reader_is_buried_and_its_neighbours_are_not(net
 def test_a_task_that_kills_its_worker_fails_and_its_neighbours_do_not(net, mortal, kind):
     """They are leased together, so each death is one of them all; the last chance is had alone."""
     world = net.world
-    world.environ |= {"WFM_MAX_TASK_TRIES": "1"}
+    world.environ |= {**SHORT_LEASE, "WFM_MAX_TASK_TRIES": "1"}
     world.pipeline("p", ONE)
     world.register(*(world.package(f"a{i}") for i in range(4)))
     with net.roles([r for r in Role if r is not Role.WORKER]):

@@ -15,7 +15,7 @@ import redis
 from sqlalchemy import NullPool, create_engine, text
 
 from tests.faults.checker import EFFECTS
-from tests.faults.network import HASTE, TWO
+from tests.faults.network import HASTE, SHORT_LEASE, TWO
 from tests.harness import World, wait_until
 from tests.services import Servers
 from wfm import migrations
@@ -80,6 +80,7 @@ def test_valkey_killed_and_started_again_empty(home, mortal):
 
 def test_postgres_stopped_immediately_and_started_again(home, mortal):
     """SIGQUIT is what `pg_ctl stop -m immediate` sends: no shutdown, recovery at the next start."""
+    mortal.environ |= SHORT_LEASE
     mortal.config("c", seconds=0.1)
     mortal.pipeline("p", [{**TWO[0], "config": "c"}, TWO[1]])
     with mortal.roles():
@@ -103,6 +104,7 @@ def hasty(world):
 
 
 def test_all_backends_terminated_again_and_again(hasty):
+    hasty.environ |= SHORT_LEASE
     hasty.pipeline("p", TWO)
     admin = create_engine(hasty.settings.database_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with hasty.roles(), admin.connect() as c:
