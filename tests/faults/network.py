@@ -29,7 +29,7 @@ HASTE = {
 """What waits for seconds or minutes in production is due at once."""
 
 SHORT_LEASE = {"WFM_LEASE_SECONDS": "1"}
-"""For tests that wait for its end. A busy machine may miss a renewal: such tests allow for effects that are repeated."""
+"""For tests that wait for its end. A busy machine may miss a renewal: they allow for effects that are repeated."""
 
 ONE = [{"name": "one", "group_by": ["executed_obs_unit"]}]
 TWO = [*ONE, {"name": "two", "depends_on": ["one"], "group_by": []}]

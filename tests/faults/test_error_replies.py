@@ -34,7 +34,7 @@ def test_error_replies_stop_nobody_and_make_nobody_run_hot(net, caplog):
             world.register(world.package(f"a{n}"))
             wait_until(lambda n=n: world.all_covered(n + 1), what=f"{case}: all covered under errors")
             wait_until(lambda r=rules: all(x.hits for x in r), what=f"{case}: every role met it")
-            wait_until(lambda f=first: all(turns[r] >= f[r] + 10 for r in turns), what=f"{case}: 10 relay turns")
+            wait_until(lambda f=first: all(turns[r] >= f[r] + 6 for r in turns), what=f"{case}: 6 relay turns")
             most = max(turns[r] - first[r] for r in turns)
             most_reads, lines = max(reads(p) - began[p] for p in proxies), len(caplog.records)
             for p in proxies:

@@ -26,23 +26,19 @@ def run_through(net, packages):
 def test_every_other_commit_of_every_role_loses_its_reply(net, first):
     """The two together meet the first, the second, … and the n-th commit of each role."""
     rules = {r: net.postgres[r].lose_replies("COMMIT", skip=first, every=2) for r in Role}
-    run_through(net, 2)
-    assert all(r.hits >= 3 for r in rules.values()), {r: rule.hits for r, rule in rules.items()}
+    run_through(net, 1)
+    assert all(r.hits >= 2 for r in rules.values()), {r: rule.hits for r, rule in rules.items()}
 
 
-def test_commits_of_all_roles_lose_their_replies_at_random(net, chance):
-    rules = [p.lose_replies("COMMIT", p=0.3, seed=chance.random()) for p in net.postgres.all()]
+def test_commits_and_their_replies_are_lost_at_random(net, chance):
+    replies = [p.lose_replies("COMMIT", p=0.2, seed=chance.random()) for p in net.postgres.all()]
+    requests = [p.lose_requests("COMMIT", p=0.1, seed=chance.random()) for p in net.postgres.all()]
     run_through(net, 3)
-    assert all(r.hits for r in rules)
+    assert sum(r.hits for r in replies) >= 3
+    assert sum(r.hits for r in requests) >= 3
 
 
-def test_commits_of_all_roles_are_lost_at_random(net, chance):
-    rules = [p.lose_requests("COMMIT", p=0.2, seed=chance.random()) for p in net.postgres.all()]
-    run_through(net, 3)
-    assert all(r.hits for r in rules)
-
-
-def test_registrations_and_cancellations_of_clients_lose_their_replies(net, chance):
+def test_registrations_of_clients_lose_their_replies(net, chance):
     """What the client does not know, it asks again; what it was promised, is so."""
     world = net.world
     world.pipeline("p", TWO)

@@ -121,7 +121,7 @@ def test_all_backends_terminated_again_and_again(hasty):
         hasty.store.engine.dispose()
         wait_until(lambda: hasty.all_covered(5), what="all covered")
         hasty.check(repeats=EFFECTS)
-    assert killed >= 16
+    assert killed >= 8
 
 
 PREFIX = "wfm:{1}:"
