@@ -17,7 +17,7 @@ from wfm.service import Service, build
 P = TypeVar("P", bound=Proxy)
 
 HASTE = {
-    "WFM_LEASE_SECONDS": "1",
+    "WFM_LEASE_SECONDS": "4",
     "WFM_CLAIM_IDLE_SECONDS": "0.5",
     "WFM_REPUBLISH_SECONDS": "0.5",
     "WFM_SWEEP_SECONDS": "0.2",
@@ -27,6 +27,9 @@ HASTE = {
     "WFM_RETRY_BACKOFF_SECONDS": "0.1",
 }
 """What waits for seconds or minutes in production is due at once."""
+
+SHORT_LEASE = {"WFM_LEASE_SECONDS": "1"}
+"""For tests that wait for its end. A busy machine may miss a renewal: they allow for effects that are repeated."""
 
 ONE = [{"name": "one", "group_by": ["executed_obs_unit"]}]
 TWO = [*ONE, {"name": "two", "depends_on": ["one"], "group_by": []}]
