@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check mutants bench clean help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -20,6 +20,9 @@ check: $(VENV)/.dev ## style, strict types, import contract, statecharts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/wfm charts check
+
+mutants: $(VENV)/.dev ## take every guard away in turn; the tests must notice
+	$(BIN)/python -m tests.faults.mutants $(ARGS)
 
 bench: $(VENV)/.dev ## hand-over times, idle cost, runs per second
 	$(BIN)/python benchmarks/main_path.py $(ARGS)
