@@ -10,7 +10,6 @@ _LOCAL = "tests/integration/test_local_backend.py"
 _BACKEND = "tests/contract/test_backend.py"
 _STAGING = "tests/integration/test_staging.py"
 _COLLECT = "tests/integration/test_collect.py"
-_ANY_ORDER = "tests/unit/test_any_order.py::test_any_order_ends_where_no_fault_would_have_ended"
 
 _STORE, _TASKS, _KINDS, _ROLES = "wfm/store.py", "wfm/tasks.py", "wfm/kinds.py", "wfm/roles.py"
 _SERVICE, _BUS, _LOCAL_PY, _RUNJOB = "wfm/service.py", "wfm/bus.py", "wfm/backends/local.py", "wfm/backends/runjob.py"
@@ -47,7 +46,7 @@ RUNS = [
         "wfm/decide.py",
         "if f.active and withdraw is None:",
         "if False:",
-        _ANY_ORDER,
+        "tests/unit/test_decide.py",
     ),
     _guard(
         "no run for a pipeline that is being deleted",
@@ -125,9 +124,16 @@ TASKS = [
     _guard(
         "an outcome of a lost lease is not acted on",
         _TASKS,
-        "if o.task.id not in counted:",
+        "if o.task.lease not in counted:",
         "if False:",
-        _ANY_ORDER,
+        f"{_GUARDS}::test_the_outcome_of_a_lost_lease_moves_nothing",
+    ),
+    _guard(
+        "a lost lease is told from the next one in the same hands",
+        _TASKS,
+        "if o.task.lease not in counted:",
+        "if o.task.id not in {task for task, _ in counted}:",
+        f"{_GUARDS}::test_a_worker_that_took_its_own_task_again_is_heard_once",
     ),
     _guard(
         "leases that ran out are taken over",
@@ -389,7 +395,7 @@ MESSAGES = [
         _ROLES,
         "        if mine:\n            gaps.fold",
         "        if False:\n            gaps.fold",
-        f"{_MAIN}::test_a_registration_while_nobody_works_is_found_at_start_and_again_by_reconciliation",
+        f"{_GUARDS}::test_what_no_message_tells_of_is_found_by_reconciliation",
     ),
     _guard(
         "who loses a deadlock tries again",
@@ -463,8 +469,9 @@ JOBS = [
         _RUNJOB,
         "            pid = os.fork()\n            if pid == 0:\n                _become",
         '            os.close(held)\n            held = os.open("/dev/null", os.O_RDONLY)\n'
-        "            pid = os.fork()\n            if pid == 0:\n                _become",
-        f"{_LOCAL}::test_a_supervisor_on_its_way_is_neither_absent_nor_started_twice",
+        "            pid = os.fork()\n            if pid == 0:\n                time.sleep(0.3)\n"
+        "                lock(directory)\n                _become",
+        f"{_BACKEND}::test_a_submitted_job_is_never_absent",
     ),
     _guard(
         "a lost job is fenced before the next attempt",
@@ -478,7 +485,7 @@ JOBS = [
         _KINDS,
         "if reports[job.name].status in NOT_RUNNING",
         "if True",
-        _ANY_ORDER,
+        f"{_GUARDS}::test_a_job_that_does_not_end_yet_is_not_called_cancelled",
     ),
     _guard(
         "a target that cannot be asked fails nothing",
@@ -552,7 +559,7 @@ FILES = [
         "wfm/staging.py",
         "        watch.check()\n        return _summary",
         "        return _summary",
-        f"{_STAGING}::test_without_the_lease_nothing_is_completed",
+        f"{_GUARDS}::test_without_the_lease_no_attempt_is_declared_complete",
     ),
     _guard(
         "a package with other content than then is not staged",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import event as sa_event
 from sqlalchemy import text
@@ -22,12 +23,14 @@ from wfm.backends import runjob
 from wfm.backends.local import LocalBackend
 from wfm.bus import Entry
 from wfm.collect import collect
-from wfm.errors import RefusedError, UnavailableError
+from wfm.config import load
+from wfm.errors import HeldError, InputError, RefusedError, UnavailableError
 from wfm.events import JobBuilt, Message
-from wfm.kinds import Poll, Stage, Submit, _register
-from wfm.model import Actor, FailureClass, JobStatus, Report, Role, RunState
+from wfm.kinds import Cancel, Poll, Stage, Submit, _register
+from wfm.model import Actor, FailureClass, JobRef, JobSpec, JobStatus, Report, Resources, Role, RunState
 from wfm.roles import next_attempt
 from wfm.service import Service, build
+from wfm.staging import stage
 from wfm.store import Move, RunRow, TaskEnd, TaskRow, Tx, failed
 from wfm.tasks import Outcome
 
@@ -319,9 +322,29 @@ def test_only_who_holds_the_lease_is_heard(hands):
         assert tx.end_tasks([TaskEnd(frozen, "failed", "too late")]) == set()
         assert tx.renew_leases([frozen], 60.0) == set()
         assert tx.renew_leases([other], 60.0) == {other.id}
-        assert tx.end_tasks([TaskEnd(other, "done")]) == {other.id}
+        assert tx.end_tasks([TaskEnd(other, "done")]) == {other.lease}
         assert tx.end_tasks([TaskEnd(other, "failed", "said twice")]) == set()
         assert tx.renew_leases([other], 60.0) == set()
+
+
+def test_the_outcome_of_a_lost_lease_moves_nothing(hands):
+    hands.staging()
+    (frozen,) = hands.lease("stage", owner="frozen", seconds=-1)
+    hands.lease("stage", owner="other")
+    worker = hands.role(Role.WORKER)
+    worker._settle([Outcome(frozen, error=InputError("what it saw then"))])
+    assert hands.run().state == "STAGING_DATA", "who lost the lease was heard"
+
+
+def test_a_worker_that_took_its_own_task_again_is_heard_once(hands):
+    """Its lease ran out while it was frozen; thawed, it has both outcomes to write at the same time."""
+    hands.staging([{**ONE[0], "max_retries": 0}])
+    (old,) = hands.lease("stage", seconds=-1)
+    (new,) = hands.lease("stage")
+    worker = hands.role(Role.WORKER)
+    worker._settle([Outcome(old), Outcome(new, error=HeldError("no space"))])
+    opened = hands.world.query("SELECT 1 FROM task WHERE kind = 'submit'")
+    assert not opened, "what a lost lease had to say counts, because its successor was heard"
 
 
 def test_a_lease_that_ran_out_is_taken_over_and_no_other(hands):
@@ -392,6 +415,7 @@ def test_a_task_that_breaks_every_time_is_given_up(hands):
 
     work_off(hands, "stage", broken)
     assert (hands.run().state, hands.run().attempt) == ("FAILED", run.attempt), "it is tried for ever"
+    assert "the disk is away" in hands.run().message
 
 
 def test_a_task_whose_workers_die_every_time_is_given_up(hands):
@@ -492,12 +516,42 @@ def _poll(manager):
     manager.turn(0.1)
 
 
+def test_without_the_lease_no_attempt_is_declared_complete(hands):
+    """Lost after the last byte was read (here: there was none), it ends without the manifest all the same."""
+    hands.staging()
+    (task,) = hands.lease("stage")
+    kind = Stage(hands.world.settings, LocalBackend(), 1)
+    with hands.world.store.begin() as tx:
+        plan = msgspec.structs.replace(kind.prepare(tx, [task])[task.id], files=())
+    with pytest.raises(UnavailableError):
+        stage(plan, kind.policy, alive=lambda: False)
+    assert not os.path.exists(f"{plan.spec.directory}/config/manifest.json")
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "exit.json"
     runjob.write_json(str(path), {"exit_code": 0})
     with pytest.raises(TypeError):
         runjob.write_json(str(path), {"exit_code": object()})
+    assert path.exists(), "the old record is gone, and there is no new one"
     assert json.loads(path.read_text() or '"nothing is left"') == {"exit_code": 0}
+
+
+def test_a_job_that_does_not_end_yet_is_not_called_cancelled(tmp_path, monkeypatch):
+    monkeypatch.setattr("wfm.backends.local.CANCEL_WAIT_SECONDS", 0.0)
+    backend = LocalBackend(grace_seconds=0.5)
+    directory = tmp_path / "r1-a1"
+    (directory / "logs").mkdir(parents=True)
+    stubborn = ("sh", "-c", "trap '' TERM; echo here; sleep 600 & wait; sleep 600")
+    spec = JobSpec("job-1", str(directory), stubborn, {}, str(directory), Resources())
+    backend.submit([spec])
+    job = JobRef("job-1", str(directory))
+    wait_until(lambda: (directory / "logs/job.log").exists() and (directory / "logs/job.log").read_text())
+    cancel = Cancel(load({"WFM_HOME": str(tmp_path)}), backend)
+    (first,) = cancel.perform([job], lambda: True)
+    assert isinstance(first, HeldError), f"it still runs, and is called {first.status}"
+    wait_until(lambda: not isinstance(cancel.perform([job], lambda: True)[0], HeldError), what="the job is ended")
+    backend.close()
 
 
 def test_inputs_are_durable_before_the_manifest_says_so(hands, monkeypatch):
@@ -661,8 +715,8 @@ def test_an_event_that_breaks_every_time_is_buried(emitting, hands):
 
     service.work.handle = breaks
     for _ in range(3):
-        service._commit(service._relay_turn)
         service.store.retrying(lambda tx: tx.run("UPDATE event SET publish_at = now() WHERE done_at IS NULL"))
+        service._commit(service._relay_turn)
         service._consume(service.bus.read(10, 0.1))
     (dead,) = hands.world.query("SELECT reason FROM dead_letter") or [None]
     assert dead is not None, "it breaks for ever"
@@ -683,6 +737,14 @@ def test_a_poisoned_message_harms_no_neighbour(hands):
     worker._consume([Entry("wfm:{1}:job.built", f"1-{i}", body) for i, body in enumerate(bodies)])
     assert handled == [12, 14]
     assert len(hands.world.query("SELECT 1 FROM dead_letter")) == 1
+
+
+def test_what_no_message_tells_of_is_found_by_reconciliation(hands):
+    hands.world.pipeline("p", ONE)
+    hands.world.register(hands.world.package("a"))
+    hands.world.query("UPDATE event SET done_at = now() RETURNING 1")
+    hands.do(Role.TRIGGER_MANAGER, "reconcile")
+    assert len(hands.world.runs()) == 1, "a package that nobody told of is never found"
 
 
 def test_an_entry_that_was_deleted_while_it_was_held_is_no_poison(hands):

@@ -280,7 +280,7 @@ class ModelTx(Tx):
                 claimed.append(TaskRow(**keys, epoch=leased.epoch, tries=tries, payload={}))
         return claimed
 
-    def end_tasks(self, ends: Sequence[TaskEnd]) -> set[int]:
+    def end_tasks(self, ends: Sequence[TaskEnd]) -> set[tuple[int, int]]:
         heard = set()
         for e in ends:
             t = self.db.tasks[e.task.id]
@@ -289,7 +289,7 @@ class ModelTx(Tx):
             tries = t.tries if e.tries is None else e.tries
             due = self.db.now[0] + e.due_in
             self.db.tasks[e.task.id] = msgspec.structs.replace(t, state=e.state, tries=tries, due=due, expired=False)
-            heard.add(e.task.id)
+            heard.add(e.task.lease)
             if e.state == "done":
                 self.db.ended.append(e.task.id)
         return heard
@@ -913,6 +913,10 @@ class Wfm(RuleBasedStateMachine):
         ModelBus(self.world, "").send(outbox)
         return value
 
+    def _ask(self, what: Callable[[Tx, Sequence[int], Actor], Any], which: int) -> None:
+        run = _pick(sorted(self.world.db.runs, reverse=True), which)
+        self._act(lambda tx: what(tx, [run], PERSON))
+
     def _register(self, contents: Mapping[str, int]) -> None:
         def work(tx: ModelTx) -> None:
             tx.db.packages |= contents
@@ -955,10 +959,6 @@ class Wfm(RuleBasedStateMachine):
     @rule(which=small)
     def one_role_does_its_work(self, which: int) -> None:
         self._turn(_pick(self.world.services, which))
-
-    @rule(which=small)
-    def crash(self, which: int) -> None:
-        self.world.crash(_pick(self.world.services, which))
 
     # --- what always holds ---
 
@@ -1013,7 +1013,7 @@ class Wfm(RuleBasedStateMachine):
     def no_other_attempt_can_act(self) -> None:
         target = self.world.target
         for r in self.world.db.runs.values():
-            over = range(1, r.attempt + 1 if r.state in FINAL_STATES else r.attempt)
+            over = range(1, r.attempt if r.state in HOLDS_SLOT else r.attempt + 1)
             loose = [n for n in over if target.can_act(job_name(1, r.id, n))]
             assert not loose, f"run {r.id} is {r.state}, attempt {r.attempt}; computing or about to: attempts {loose}"
 
@@ -1059,6 +1059,8 @@ class Wfm(RuleBasedStateMachine):
                 if "no claim of idle entries" not in world.broken:
                     world.claim_idle(one)
                 self._turn(one)
+                while has_work(one) or has_outcomes(one):
+                    self._turn(one)
             self._jobs_go_on()
             ended = [i for i, r in world.db.runs.items() if r.state in FINAL_STATES - {RunState.COMPLETED}]
             blocked = {c.wanted for c in world.db.coverage.values() if c.state == "blocked"}
@@ -1164,6 +1166,10 @@ class Tasks(Wfm):
         with self.world.dying(one, fault):
             self.world.settle(one)
 
+    @rule(which=small)
+    def crash(self, which: int) -> None:
+        self.world.crash(_pick(self.world.services, which))
+
     @precondition(lambda self: any(t.state == "leased" for t in self.world.db.tasks.values()))
     @rule()
     def leases_run_out(self) -> None:
@@ -1192,6 +1198,27 @@ class Jobs(Wfm):
     def a_job_ends(self, number: int, how: JobStatus) -> None:
         target = self.world.target
         target.state[_pick(target.running, number)] = how
+
+    @precondition(lambda self: self.world.target.launched)
+    @rule(number=small)
+    def a_supervisor_never_comes(self, number: int) -> None:
+        """It is missed, fenced, and another attempt begins."""
+        self.world.target.launched.remove(_pick(self.world.target.launched, number))
+        for _ in range(2):
+            self.world.db.now[0] += 2 * SETTINGS.vanish_grace_seconds
+            self.all_goes_well_for_a_while(2, jobs=False)
+
+    @precondition(lambda self: self.world.target.running)
+    @rule(number=small, which=small)
+    def who_saw_a_job_fail_freezes(self, number: int, which: int) -> None:
+        one = _pick(self.world.services[4:], which)
+        if not one.frozen and not self.world.target.away:
+            self.world.target.state[_pick(self.world.target.running, number)] = JobStatus.FAILED
+            for sweep in (2, 0):
+                self.world.sweep(one, sweep)
+            while one.pool.work:
+                one.pool.work.pop(0)()
+            one.frozen = True
 
     @rule()
     def the_target_goes_or_comes_back(self) -> None:
@@ -1224,14 +1251,20 @@ class People(Wfm):
     @precondition(lambda self: self.world.db.runs)
     @rule(which=small)
     def cancel(self, which: int) -> None:
-        i = _pick(sorted(self.world.db.runs, reverse=True), which)
-        self._act(lambda tx: acts.cancel_runs(tx, [i], PERSON))
+        self._ask(acts.cancel_runs, which)
 
     @precondition(lambda self: self.world.db.runs)
     @rule(which=small)
     def retry(self, which: int) -> None:
-        i = _pick(sorted(self.world.db.runs, reverse=True), which)
-        self._act(lambda tx: acts.retry_runs(tx, [i], PERSON))
+        self._ask(acts.retry_runs, which)
+
+    @precondition(lambda self: self.world.db.runs)
+    @rule(which=small)
+    def somebody_changes_his_mind(self, which: int) -> None:
+        self._ask(acts.cancel_runs, which)
+        self.all_goes_well_for_a_while(2, jobs=True)
+        self._ask(acts.retry_runs, which)
+        self.all_goes_well_for_a_while(2, jobs=False)
 
 
 class AnyOrder(Messages, Tasks, Jobs, Data, People):
@@ -1241,7 +1274,7 @@ class AnyOrder(Messages, Tasks, Jobs, Data, People):
 EXAMPLES = int(os.environ.get("WFM_EXAMPLES", "0"))
 """How many to try beyond the usual, in a place of one's own."""
 
-COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+COMMON = {"deadline": None, "database": None, "report_multiple_bugs": False, "suppress_health_check": list(HealthCheck)}
 
 
 @pytest.fixture(autouse=True)
@@ -1259,17 +1292,28 @@ def test_any_order_ends_where_no_fault_would_have_ended() -> None:
     )
 
 
-PLANTED: dict[str, tuple[tuple[type[Wfm], ...], str]] = {
-    "no lease check": ((Tasks,), "succeeded more than once"),
-    "no version check": ((Tasks, Jobs), "."),
-    "no closing of tasks": ((Tasks, People), "is open, but its run is"),
-    "no claim": ((Tasks, Jobs), "computed more than once"),
-    "no mark": ((Tasks, Jobs), "computing or about to"),
-    "acknowledge before the commit": ((Messages,), "acknowledged before they were handled"),
-    "publish early": ((Messages,), "published, but not committed"),
-    "no done mark": ((Messages,), "."),
-    "no relay": ((Messages,), "pending events"),
-    "no claim of idle entries": ((Messages,), "messages in somebody's hands"),
+LEASES = (Tasks.somebody_freezes_or_thaws, Tasks.perform, Tasks.settle, Tasks.leases_run_out)
+MESSAGES = (Messages.deliver, Messages.message, Messages.redis_is_emptied)
+
+PLANTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no lease check": (LEASES, "succeeded more than once"),
+    "no version check": (
+        (
+            Jobs.who_saw_a_job_fail_freezes,
+            Jobs.a_supervisor_comes_or_is_lost,
+            Tasks.somebody_freezes_or_thaws,
+            People.somebody_changes_his_mind,
+        ),
+        "computing or about to",
+    ),
+    "no closing of tasks": ((*LEASES, People.cancel), "is open, but its run is"),
+    "no claim": ((*LEASES, Jobs.a_supervisor_comes_or_is_lost), "computed more than once"),
+    "no mark": ((*LEASES, Jobs.a_supervisor_never_comes), "computing or about to"),
+    "acknowledge before the commit": (MESSAGES, "acknowledged before they were handled"),
+    "publish early": (MESSAGES, "published, but not committed"),
+    "no done mark": (MESSAGES, "."),
+    "no relay": (MESSAGES, "pending events"),
+    "no claim of idle entries": (MESSAGES, "messages in somebody's hands"),
 }
 """By bug, what must happen for it to do harm (the less else happens, the sooner), and what its finding says."""
 
@@ -1277,8 +1321,8 @@ PLANTED: dict[str, tuple[tuple[type[Wfm], ...], str]] = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug: str) -> None:
     """Each guard is taken away in turn: the property above can fail, and for the right reason."""
-    events, finding = PLANTED[bug]
-    broken = type("Broken", events, {"broken": frozenset({bug})})
+    rules, finding = PLANTED[bug]
+    broken = type("Broken", (Wfm,), {"broken": frozenset({bug}), **{r.__name__: r for r in rules}})
     few = settings(max_examples=1000, stateful_step_count=30, derandomize=True, phases=[Phase.generate], **COMMON)
     with pytest.raises(AssertionError, match=finding):
         run_state_machine_as_test(broken, settings=few)  # type: ignore[no-untyped-call]
