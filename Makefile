@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check bench chaos recovery clean help
+.PHONY: demo test check bench chaos recovery mutants clean help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -32,6 +32,9 @@ chaos: $(VENV)/.dev ## random faults against the whole system: MINUTES=10 SEED=.
 
 recovery: $(VENV)/.dev ## each kind of fault once, 1,000 runs in flight, at the default intervals: SEED=... REPORT=FILE
 	$(_CHAOS) --recovery $(ARGS)
+
+mutants: $(VENV)/.dev ## take every guard away in turn; the tests must notice
+	$(BIN)/python -m tests.faults.mutants $(ARGS)
 
 clean: ## remove the virtual environment and caches (not .wfm: `wfm down` first, then remove it by hand)
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build dist

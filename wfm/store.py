@@ -121,6 +121,11 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     tries: int
     payload: dict[str, Any]
 
+    @property
+    def lease(self) -> tuple[int, int]:
+        """What tells this lease from others of the same task, also in the same hands."""
+        return self.id, self.epoch
+
 
 class TaskEnd(Struct, frozen=True):
     """How a lease ends. `state` is done, failed or ready (again, in `due_in` seconds)."""
@@ -537,11 +542,11 @@ class Tx:
         ).mappings()
         return sorted((msgspec.convert(dict(r), TaskRow) for r in rows), key=lambda t: t.id)
 
-    def end_tasks(self, ends: Sequence[TaskEnd]) -> set[int]:
+    def end_tasks(self, ends: Sequence[TaskEnd]) -> set[tuple[int, int]]:
         """Write how leases ended. Only the holder of the current epoch is heard.
 
         Returns:
-            ids of the tasks whose word counts; the others were fenced off.
+            (id, epoch) of the leases whose word counts; the others were fenced off.
         """
         if not ends:
             return set()
@@ -554,7 +559,7 @@ class Tx:
             FROM jsonb_to_recordset(CAST(:rows AS jsonb))
                 AS e(id bigint, epoch int, state text, error text, due_in float8, tries int)
             WHERE t.id = e.id AND t.epoch = e.epoch AND t.state = 'leased'
-            RETURNING t.id
+            RETURNING t.id, t.epoch
             """,
             rows=encode(
                 [
@@ -570,7 +575,7 @@ class Tx:
                 ]
             ),
         )
-        return {r.id for r in rows}
+        return {(r.id, r.epoch) for r in rows}
 
     def renew_leases(self, tasks: Sequence[TaskRow], lease: float) -> set[int]:
         """Prolong leases; returns the ids that are still ours."""

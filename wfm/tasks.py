@@ -247,24 +247,24 @@ class TaskRunner:
     def settle(self, tx: Tx, outcomes: Sequence[Outcome]) -> Callable[[], None]:
         """Write outcomes whose lease still counts, and move their runs. Call the result after the commit."""
         runs = tx.lock_runs([o.task.run_id for o in outcomes if o.task.run_id is not None])
-        for_good: set[int] = set()
+        for_good: set[tuple[int, int]] = set()
         ends: list[TaskEnd] = []
         for o in outcomes:
             end, final = self._end(tx, o)
             ends.append(end)
             if final:
-                for_good.add(o.task.id)
+                for_good.add(o.task.lease)
         counted = tx.end_tasks(ends)
         self.again_in = min((e.due_in for e in ends if e.state == "ready"), default=None)
         good: dict[str, list[Outcome]] = defaultdict(list)
         bad: dict[str, list[Outcome]] = defaultdict(list)
         held: dict[int, str] = {}
         for o in outcomes:
-            if o.task.id not in counted:
+            if o.task.lease not in counted:
                 log.info("outcome of %s task %s came too late; another epoch holds it", o.task.kind, o.task.id)
             elif o.error is None:
                 good[o.task.kind].append(o)
-            elif o.task.id in for_good:
+            elif o.task.lease in for_good:
                 bad[o.task.kind].append(o)
             elif o.task.run_id is not None:
                 held[o.task.run_id] = str(o.error)

@@ -1,0 +1,594 @@
+"""The guards of wfm, and for each how to take it away and who must notice; see `tests.faults.mutants`."""
+
+from __future__ import annotations
+
+from tests.faults.mutants import Mutant
+
+_GUARDS = "tests/faults/test_guards.py"
+_MAIN = "tests/integration/test_main_path.py"
+_LOCAL = "tests/integration/test_local_backend.py"
+_BACKEND = "tests/contract/test_backend.py"
+_STAGING = "tests/integration/test_staging.py"
+_COLLECT = "tests/integration/test_collect.py"
+
+_STORE, _TASKS, _KINDS, _ROLES = "wfm/store.py", "wfm/tasks.py", "wfm/kinds.py", "wfm/roles.py"
+_SERVICE, _BUS, _LOCAL_PY, _RUNJOB = "wfm/service.py", "wfm/bus.py", "wfm/backends/local.py", "wfm/backends/runjob.py"
+
+
+def _guard(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(name, file, old, new, tests)
+
+
+RUNS = [
+    _guard(
+        "the version in the guarded UPDATE of runs",
+        _STORE,
+        "WHERE r.id = m.id AND r.version = m.expected",
+        "WHERE r.id = m.id",
+        f"{_GUARDS}::test_a_move_that_was_decided_on_an_old_picture_is_refused",
+    ),
+    _guard(
+        "the lock of a run",
+        _STORE,
+        "ORDER BY r.id FOR NO KEY UPDATE OF r",
+        "ORDER BY r.id",
+        f"{_GUARDS}::test_who_locks_a_run_has_it_alone",
+    ),
+    _guard(
+        "one active run for a unit: the unique index",
+        "wfm/migrations/versions/0001_the_first_tables.py",
+        '"run",\n        ["step_id", "unit_id"],\n        unique=True,',
+        '"run",\n        ["step_id", "unit_id"],\n        unique=False,',
+        f"{_GUARDS}::test_one_active_run_for_a_unit_whoever_decides",
+    ),
+    _guard(
+        "one active run for a unit: the decision",
+        "wfm/decide.py",
+        "if f.active and withdraw is None:",
+        "if False:",
+        "tests/unit/test_decide.py",
+    ),
+    _guard(
+        "no run for a pipeline that is being deleted",
+        _STORE,
+        " FOR SHARE OF p) g",
+        ") g",
+        f"{_GUARDS}::test_a_pipeline_that_is_being_deleted_gets_no_run",
+    ),
+    _guard(
+        "the lock of a location's slots",
+        _ROLES,
+        'WHERE id = :loc FOR NO KEY UPDATE"',
+        'WHERE id = :loc"',
+        f"{_GUARDS}::test_two_workflow_managers_share_the_slots",
+    ),
+    _guard(
+        "the digest checked again when a job is built",
+        _ROLES,
+        "if i in stale:",
+        "if False:",
+        f"{_GUARDS}::test_a_run_whose_inputs_changed_before_it_was_built_is_withdrawn",
+    ),
+    _guard(
+        "newer input withdraws what has not started",
+        "wfm/decide.py",
+        "withdraw = f.active.id if f.active and f.active.state in _NOT_STARTED",
+        "withdraw = None if f.active and f.active.state in _NOT_STARTED",
+        "tests/unit/test_decide.py",
+    ),
+    _guard(
+        "an exit record needed for success: the chart",
+        "statecharts/run.yaml",
+        "dest: COLLECTING_RESULTS, guard: has_exit_record}",
+        "dest: COLLECTING_RESULTS}",
+        "tests/unit/test_charts.py",
+    ),
+    _guard(
+        "an exit record needed for success: the backend",
+        _LOCAL_PY,
+        'return report(JobStatus.VANISHED, "its supervisor',
+        'return report(JobStatus.COMPLETED, "its supervisor',
+        f"{_BACKEND}::test_a_vanished_job",
+    ),
+    _guard(
+        "superseding goes from older to newer",
+        _KINDS,
+        "AND o.id < n.id",
+        "AND o.id <> n.id",
+        f"{_GUARDS}::test_of_two_results_the_older_one_is_superseded",
+    ),
+]
+
+TASKS = [
+    _guard(
+        "the epoch of who ends a task",
+        _STORE,
+        "WHERE t.id = e.id AND t.epoch = e.epoch AND t.state = 'leased'",
+        "WHERE t.id = e.id AND t.state = 'leased'",
+        f"{_GUARDS}::test_only_who_holds_the_lease_is_heard",
+    ),
+    _guard(
+        "a task ends once",
+        _STORE,
+        "WHERE t.id = e.id AND t.epoch = e.epoch AND t.state = 'leased'",
+        "WHERE t.id = e.id AND t.epoch = e.epoch",
+        f"{_GUARDS}::test_only_who_holds_the_lease_is_heard",
+    ),
+    _guard(
+        "the epoch of who renews a lease",
+        _STORE,
+        "WHERE t.id = h.id AND t.epoch = h.epoch AND t.state = 'leased'",
+        "WHERE t.id = h.id AND t.state = 'leased'",
+        f"{_GUARDS}::test_only_who_holds_the_lease_is_heard",
+    ),
+    _guard(
+        "an outcome of a lost lease is not acted on",
+        _TASKS,
+        "if o.task.lease not in counted:",
+        "if False:",
+        f"{_GUARDS}::test_the_outcome_of_a_lost_lease_moves_nothing",
+    ),
+    _guard(
+        "a lost lease is told from the next one in the same hands",
+        _TASKS,
+        "if o.task.lease not in counted:",
+        "if o.task.id not in {task for task, _ in counted}:",
+        f"{_GUARDS}::test_a_worker_that_took_its_own_task_again_is_heard_once",
+    ),
+    _guard(
+        "leases that ran out are taken over",
+        _STORE,
+        "ELSE lease_until < now() END",
+        "ELSE false END",
+        f"{_GUARDS}::test_a_lease_that_ran_out_is_taken_over_and_no_other",
+    ),
+    _guard(
+        "leases that live are not taken over",
+        _STORE,
+        "ELSE lease_until < now() END",
+        "ELSE true END",
+        f"{_GUARDS}::test_a_lease_that_ran_out_is_taken_over_and_no_other",
+    ),
+    _guard(
+        "copies of a worker lease different tasks",
+        _STORE,
+        "LIMIT k.n FOR UPDATE SKIP LOCKED",
+        "LIMIT k.n",
+        f"{_GUARDS}::test_two_workers_never_lease_the_same_task",
+    ),
+    _guard(
+        "a move closes the tasks that the run no longer waits for",
+        _STORE,
+        "ids=[r.id for r in moved.values() if r.state not in (RunState.SUBMITTED, RunState.RUNNING)],",
+        "ids=[],",
+        f"{_GUARDS}::test_a_move_closes_the_tasks_that_the_run_no_longer_waits_for",
+    ),
+    _guard(
+        "what is done is not opened again",
+        _STORE,
+        "WHERE task.state IN ('closed', 'failed')",
+        "WHERE true",
+        f"{_GUARDS}::test_a_task_that_is_done_is_not_opened_again",
+    ),
+    _guard(
+        "a task of another attempt is not wanted",
+        _KINDS,
+        "if run and run.state in states and run.attempt == t.attempt:",
+        "if run and run.state in states:",
+        f"{_GUARDS}::test_a_task_of_another_attempt_or_state_is_not_wanted",
+    ),
+    _guard(
+        "a task of another state is not wanted",
+        _KINDS,
+        "if run and run.state in states and run.attempt == t.attempt:",
+        "if run and run.attempt == t.attempt:",
+        f"{_GUARDS}::test_a_task_of_another_attempt_or_state_is_not_wanted",
+    ),
+    _guard(
+        "nothing is submitted after a cancellation",
+        _KINDS,
+        "for i, r in staged.items() if r.state is RunState.STAGING_DATA}",
+        "for i, r in staged.items()}",
+        f"{_GUARDS}::test_a_stage_that_ends_after_a_cancellation_submits_nothing",
+    ),
+    _guard(
+        "a report counts for the attempt that was asked for",
+        _KINDS,
+        "if (run.version, run.attempt) != (was.version, was.attempt):",
+        "if False:",
+        f"{_GUARDS}::test_a_report_about_an_earlier_attempt_moves_nothing",
+    ),
+    _guard(
+        "the most tries of a task that breaks",
+        _TASKS,
+        "if repeatable and tries < self.max_tries:",
+        "if repeatable:",
+        f"{_GUARDS}::test_a_task_that_breaks_every_time_is_given_up",
+    ),
+    _guard(
+        "the most tries of a task whose workers die",
+        _TASKS,
+        "tried = [t for t in rows if t.tries >= self.max_tries]",
+        "tried = []",
+        f"{_GUARDS}::test_a_task_whose_workers_die_every_time_is_given_up",
+    ),
+    _guard(
+        "a task that cannot be prepared falls out alone",
+        _TASKS,
+        "            if len(tasks) == 1:\n",
+        "            if True:\n",
+        f"{_GUARDS}::test_a_task_that_cannot_be_prepared_harms_no_other",
+    ),
+    _guard(
+        "an outcome that cannot be written falls out alone",
+        _SERVICE,
+        "                for outcome in outcomes:\n                    self._settle([outcome])\n",
+        "",
+        f"{_GUARDS}::test_an_outcome_that_cannot_be_written_harms_no_other",
+    ),
+    _guard(
+        "a task that is missing is made again",
+        _ROLES,
+        "        _reopen_tasks(tx, overdue)\n",
+        "",
+        f"{_MAIN}::test_a_run_whose_task_and_message_are_gone_is_found_by_looking_again",
+    ),
+    _guard(
+        "leases are handed back at the end",
+        _SERVICE,
+        "self._transact(self.work.hand_back)",
+        "pass",
+        f"{_GUARDS}::test_leases_in_hand_are_handed_back_at_the_end",
+    ),
+]
+
+MESSAGES = [
+    _guard(
+        "events are marked done by their recipient",
+        _SERVICE,
+        "            tx.mark_done([event.id for _, event in batch if event.id is not None])\n",
+        "",
+        f"{_MAIN}::test_a_package_becomes_a_product",
+    ),
+    _guard(
+        "acknowledged after the commit",
+        _SERVICE,
+        "        after, outbox = self._transact(work)\n",
+        "        self._send([], done)\n        after, outbox = self._transact(work)\n",
+        f"{_GUARDS}::test_a_message_is_kept_until_its_work_is_committed",
+    ),
+    _guard(
+        "published after the commit, not before",
+        _SERVICE,
+        "        after, outbox = self._transact(work)\n",
+        "        after, outbox = self._transact(lambda tx: (work(tx), self._send(tx.outbox, ()))[0])\n",
+        f"{_GUARDS}::test_nothing_is_published_that_is_not_committed",
+    ),
+    _guard(
+        "published after the commit, at once",
+        _SERVICE,
+        "        self._send(outbox, done)\n",
+        "        self._send([], done)\n",
+        f"{_GUARDS}::test_what_is_committed_is_published_at_once",
+    ),
+    _guard(
+        "the relay",
+        _SERVICE,
+        "        tx.due_events(location, self.settings.batch_size * 5, full)\n",
+        "",
+        f"{_GUARDS}::test_what_is_pending_for_too_long_is_published_again",
+    ),
+    _guard(
+        "the relay's patience",
+        _STORE,
+        "AND done_at IS NULL AND publish_at <= now()",
+        "AND done_at IS NULL",
+        f"{_GUARDS}::test_what_is_pending_for_too_long_is_published_again",
+    ),
+    _guard(
+        "the relay's high-water mark",
+        _SERVICE,
+        "full = [kind for kind, n in backlog.items() if n > self.settings.stream_high_water]",
+        "full: list[str] = []",
+        f"{_GUARDS}::test_a_long_stream_is_not_made_longer",
+    ),
+    _guard(
+        "relays share what is due",
+        _STORE,
+        "ORDER BY publish_at LIMIT :limit FOR UPDATE SKIP LOCKED)",
+        "ORDER BY publish_at LIMIT :limit)",
+        f"{_GUARDS}::test_two_relays_publish_a_due_event_once",
+    ),
+    _guard(
+        "everything pending is published when Redis was emptied",
+        _SERVICE,
+        "if born and self._life != life:",
+        "if False:",
+        f"{_GUARDS}::test_after_redis_was_emptied_everything_pending_is_published_at_once",
+    ),
+    _guard(
+        "groups that are gone are made again",
+        _BUS,
+        '            log.warning("consumer groups are gone (%s); making them again", e)\n            self.join()\n',
+        "",
+        "tests/contract/test_bus.py::test_reading_goes_on_after_the_groups_are_gone",
+    ),
+    _guard(
+        "a new group begins at the beginning",
+        _BUS,
+        'id="0", mkstream=True',
+        'id="$", mkstream=True',
+        "tests/contract/test_bus.py::test_a_group_that_is_made_late_still_sees_older_entries",
+    ),
+    _guard(
+        "what was handed to us is read first",
+        _SERVICE,
+        "entries = self.bus.read_own_pending(self.settings.batch_size)",
+        "entries = []",
+        f"{_GUARDS}::test_what_was_handed_to_us_and_never_arrived_is_read_first",
+    ),
+    _guard(
+        "what dead readers held is taken over",
+        _SERVICE,
+        "entries = self.bus.claim_idle(self.settings.claim_idle_seconds, self.settings.batch_size)",
+        "entries = []",
+        f"{_GUARDS}::test_what_a_dead_reader_held_is_taken_over",
+    ),
+    _guard(
+        "taking over goes on where it stopped",
+        _BUS,
+        "            self._claim_from[stream] = reply[0]\n",
+        "",
+        "tests/contract/test_bus.py::test_claiming_follows_the_cursor_past_many_live_entries",
+    ),
+    _guard(
+        "who leaves with entries in hand keeps his name",
+        _BUS,
+        'if mine and not mine[0]["pending"]:',
+        "if mine:",
+        "tests/contract/test_bus.py::test_leaving_takes_the_name_off_unless_entries_are_held",
+    ),
+    _guard(
+        "what cannot be decoded is buried",
+        _SERVICE,
+        '                    self._bury(entry, f"cannot be decoded: {e}")\n',
+        "                    self._send([], [entry])\n",
+        f"{_MAIN}::test_garbage_goes_to_the_dead_letters_and_harms_no_neighbour",
+    ),
+    _guard(
+        "what is delivered too often is buried",
+        _SERVICE,
+        "elif entry.deliveries > self.settings.max_deliveries:",
+        "elif False:",
+        f"{_GUARDS}::test_a_message_that_comes_again_and_again_is_buried",
+    ),
+    _guard(
+        "what fails too often is buried",
+        _SERVICE,
+        "if self._transact(work)[0] >= most:",
+        "if self._transact(work)[0] < 0:",
+        f"{_GUARDS}::test_an_event_that_breaks_every_time_is_buried",
+    ),
+    _guard(
+        "a poisoned message falls out alone",
+        _SERVICE,
+        "                for one in batch:\n                    self._handle([one])\n",
+        "                pass\n",
+        f"{_GUARDS}::test_a_poisoned_message_harms_no_neighbour",
+    ),
+    _guard(
+        "an entry that was deleted while it was held is no poison",
+        _SERVICE,
+        "            if not entry.body:\n",
+        "            if False:\n",
+        f"{_GUARDS}::test_an_entry_that_was_deleted_while_it_was_held_is_no_poison",
+    ),
+    _guard(
+        "all recorded arrivals are folded before a decision",
+        _ROLES,
+        "return {r.package for r in rows} | {r.id for r in found}",
+        "return {r.id for r in found}",
+        f"{_MAIN}::test_what_one_transaction_registers_is_decided_on_as_a_whole",
+    ),
+    _guard(
+        "reconciliation with the catalogue",
+        _ROLES,
+        "        if mine:\n            gaps.fold",
+        "        if False:\n            gaps.fold",
+        f"{_GUARDS}::test_what_no_message_tells_of_is_found_by_reconciliation",
+    ),
+    _guard(
+        "who loses a deadlock tries again",
+        _STORE,
+        '_RETRIED = {"40001", "40P01"}',
+        "_RETRIED: set[str] = set()",
+        f"{_GUARDS}::test_who_loses_a_deadlock_tries_again",
+    ),
+    _guard(
+        "a commit whose reply was lost is repeated",
+        _SERVICE,
+        "                if not is_connection_error(e):\n                    raise\n",
+        "                raise\n",
+        f"{_GUARDS}::test_a_transaction_whose_connection_is_lost_is_repeated",
+    ),
+]
+
+JOBS = [
+    _guard(
+        "the intent is written before the launch",
+        _LOCAL_PY,
+        'runjob.write_json(os.path.join(directory, runjob.JOB), {**content, "grace_seconds": self._grace_seconds})',
+        "pass",
+        f"{_BACKEND}::test_success",
+    ),
+    _guard(
+        "a job that was started is adopted: by the backend",
+        _LOCAL_PY,
+        "                return False\n            content",
+        "                pass\n            content",
+        f"{_LOCAL}::test_adopting_alters_nothing",
+    ),
+    _guard(
+        "a job that was started is adopted: by the launcher",
+        _RUNJOB,
+        "if any(present(os.path.join(directory, started)) for started in (CLAIM, EXIT_RECORD)):",
+        "if False:",
+        f"{_LOCAL}::test_the_launcher_starts_nothing_where_something_was_started",
+    ),
+    _guard(
+        "a supervisor on its way is adopted",
+        _RUNJOB,
+        '        if held is None:\n            return {"adopt": True}\n',
+        '        if held is None:\n            held = os.open("/dev/null", os.O_RDONLY)\n',
+        f"{_LOCAL}::test_a_supervisor_on_its_way_is_neither_absent_nor_started_twice",
+    ),
+    _guard(
+        "the job's claim",
+        _RUNJOB,
+        "    except FileExistsError:\n        return False\n    pid = os.getpid()",
+        "    except FileExistsError:\n        pass\n    pid = os.getpid()",
+        f"{_LOCAL}::test_of_fifty_supervisors_one_runs",
+    ),
+    _guard(
+        "the job looks at the mark after its claim",
+        _RUNJOB,
+        "    return not present(os.path.join(directory, CANCELLED))\n",
+        "    return True\n",
+        f"{_GUARDS}::test_a_lost_job_can_not_begin_any_more",
+        f"{_BACKEND}::test_cancelled_before_it_is_submitted",
+    ),
+    _guard(
+        "the canceller's mark",
+        _LOCAL_PY,
+        "                _mark(job.directory)\n",
+        "",
+        f"{_BACKEND}::test_cancelled_before_it_is_submitted",
+    ),
+    _guard(
+        "the supervisor's lock from before the fork",
+        _RUNJOB,
+        "            pid = os.fork()\n            if pid == 0:\n                _become",
+        '            os.close(held)\n            held = os.open("/dev/null", os.O_RDONLY)\n'
+        "            pid = os.fork()\n            if pid == 0:\n                time.sleep(0.3)\n"
+        "                lock(directory)\n                _become",
+        f"{_BACKEND}::test_a_submitted_job_is_never_absent",
+    ),
+    _guard(
+        "a lost job is fenced before the next attempt",
+        _KINDS,
+        "fenced = self.backend.cancel([r.ref for r in lost])",
+        "fenced: dict[str, Report] = {}",
+        f"{_GUARDS}::test_a_lost_job_can_not_begin_any_more",
+    ),
+    _guard(
+        "a cancellation waits for the backend",
+        _KINDS,
+        "if reports[job.name].status in NOT_RUNNING",
+        "if True",
+        f"{_GUARDS}::test_a_job_that_does_not_end_yet_is_not_called_cancelled",
+    ),
+    _guard(
+        "a target that cannot be asked fails nothing",
+        _LOCAL_PY,
+        "return Report(JobStatus.UNKNOWN, job.handle, reason=f",
+        "return Report(JobStatus.ABSENT, job.handle, reason=f",
+        f"{_BACKEND}::test_unreachable_directories_are_unknown",
+    ),
+    _guard(
+        "a pid that was given again is not signalled",
+        _LOCAL_PY,
+        "yield process if _is_running(owner) else None",
+        "yield process",
+        f"{_LOCAL}::test_a_pid_given_again_is_never_signalled",
+    ),
+    _guard(
+        "a record appears whole",
+        _RUNJOB,
+        'temporary = f"{path}.{os.urandom(6).hex()}"\n    try:\n        with open(temporary, "xb")',
+        'temporary = path\n    try:\n        with open(temporary, "wb")',
+        f"{_GUARDS}::test_a_file_is_replaced_whole_or_not_at_all",
+    ),
+]
+
+FILES = [
+    _guard(
+        "a copy is verified",
+        "wfm/staging.py",
+        "            if found == item.checksum:\n",
+        "            if True:\n",
+        f"{_STAGING}::test_a_wrong_checksum_is_named_with_the_right_one",
+    ),
+    _guard(
+        "what is kept from an earlier try is verified",
+        "wfm/staging.py",
+        "if jobs.checksum(_chunks(target, item.size), watch) == item.checksum:",
+        "if True:",
+        f"{_STAGING}::test_what_is_in_place_and_bad_is_replaced",
+    ),
+    _guard(
+        "a worker that was thought dead cannot meddle",
+        "wfm/staging.py",
+        "        _take_over(workshop)\n",
+        "",
+        f"{_STAGING}::test_one_that_was_thought_dead_cannot_meddle",
+    ),
+    _guard(
+        "nothing is changed under a job that started",
+        "wfm/staging.py",
+        "if any(runjob.present(os.path.join(directory, name)) for name in (CLAIM, EXIT_RECORD)):",
+        "if False:",
+        f"{_STAGING}::test_the_directory_of_another_job_is_refused",
+    ),
+    _guard(
+        "the manifest is written last",
+        "wfm/staging.py",
+        "    _write(os.path.join(directory, jobs.STAGED), _json(",
+        "    _write(os.path.join(directory, jobs.MANIFEST), document, workshop)\n"
+        "    _write(os.path.join(directory, jobs.STAGED), _json(",
+        f"{_STAGING}::test_killed_at_any_moment_it_ends_in_the_same_tree",
+    ),
+    _guard(
+        "inputs are durable before the manifest",
+        "wfm/staging.py",
+        '    jobs.sync_all(os.path.join(directory, item.path) for item, _, how in placed if how != "link")\n',
+        "",
+        f"{_GUARDS}::test_inputs_are_durable_before_the_manifest_says_so",
+    ),
+    _guard(
+        "without the lease nothing is completed",
+        "wfm/staging.py",
+        "        watch.check()\n        return _summary",
+        "        return _summary",
+        f"{_GUARDS}::test_without_the_lease_no_attempt_is_declared_complete",
+    ),
+    _guard(
+        "a package with other content than then is not staged",
+        _KINDS,
+        "        if r.changed:\n",
+        "        if False:\n",
+        f"{_MAIN}::test_a_package_that_changes_under_a_built_run_is_not_taken_for_the_old_one",
+    ),
+    _guard(
+        "inputs are verified before a result is accepted",
+        "wfm/collect.py",
+        "if altered := verify_inputs(directory, watch):",
+        "if False and (altered := verify_inputs(directory, watch)):",
+        f"{_COLLECT}::test_every_altered_input_is_named",
+    ),
+    _guard(
+        "a product that still changes is not accepted",
+        "wfm/collect.py",
+        "if _stamp(content) != before or before[0] != file.size:",
+        "if False:",
+        f"{_COLLECT}::test_a_file_that_still_changes_is_not_accepted",
+    ),
+    _guard(
+        "products become read-only",
+        "wfm/collect.py",
+        "os.chmod(file.real, 0o444)",
+        "pass",
+        f"{_COLLECT}::test_products_become_read_only",
+    ),
+]
+
+MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES]
