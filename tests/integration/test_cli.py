@@ -650,6 +650,30 @@ def test_events_are_listed_followed_and_verified(processed: Cli) -> None:
     processed("events", "list", "--after", "nonsense", code=2)
 
 
+def test_events_are_selected_by_type_and_time_and_paged(processed: Cli) -> None:
+    kinds = ("--type", "run.collected", "--type", "gap.detected")
+    everything = processed.json("events", "list", *kinds, "--limit", 10_000)["events"]
+    assert {e["type"] for e in everything} == {"run.collected", "gap.detected"}
+    read, cursor = [], "0-0"
+    while page := processed.json("events", "list", *kinds, "--after", cursor, "--limit", 3):
+        read += [e["id"] for e in page["events"]]
+        cursor = page["cursor"]
+        if not page["events"]:
+            break
+    assert read == [e["id"] for e in everything]
+    assert processed.json("events", "list", *kinds, "--since", "1d", "--limit", 10_000)["events"] == everything
+    assert processed.json("events", "list", "--until", "1d")["events"] == []
+    with processed.start("events", "tail", "--since", "1d", "--type", "gap.detected", "--json") as tail:
+        assert tail.stdout is not None
+        first = next(e for e in everything if e["type"] == "gap.detected")
+        assert json.loads(tail.stdout.readline())["id"] == first["id"]
+        tail.send_signal(signal.SIGINT)
+    assert "nor how long ago" in processed("events", "list", "--since", "2 hours", code=2).stderr
+    said = processed("events", "list", "--type", "run.faild", "--pipeline", "dem", code=3).stderr
+    assert "'dem', did you mean 'demo'" in said
+    assert "'run.faild', did you mean 'run.failed'" in said
+
+
 def without_redis(cli: Cli, tmp_path: Path) -> dict[str, Any]:
     """Settings with the same database, and a Redis that is away."""
     database_url = Embedded(Path(cli.environ["WFM_HOME"])).database_url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,18 +44,27 @@ class Group(click.Group):
         return list(self.commands)
 
 
+_AGO = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)(s|min|h|d|w)", re.ASCII)
+_AGO_WORDS = {"s": "seconds", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
 class Time(click.ParamType[Any]):
-    """An ISO 8601 time; UTC where it has no offset."""
+    """An ISO 8601 time, UTC where it has no offset; or so long ago, such as ``2h``."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        from datetime import UTC, datetime, timedelta
+
         from wfm.grouping import parse_time
 
         try:
+            if isinstance(value, str) and (ago := _AGO.fullmatch(value)):
+                return datetime.now(UTC) - timedelta(**{_AGO_WORDS[ago[2]]: float(ago[1])})
             return parse_time(value) if isinstance(value, str) else value
-        except ValueError:
-            self.fail(f"{value!r} is not an ISO 8601 time such as 2026-03-01T04:30:00Z", param, ctx)
+        except (ValueError, OverflowError):
+            known = "an ISO 8601 time such as 2026-03-01T04:30:00Z, nor how long ago, such as 90s, 15min, 2h, 3d or 1w"
+            self.fail(f"{value!r} is neither {known}", param, ctx)
 
 
 def actor(reason: str = "") -> Actor:

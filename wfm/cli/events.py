@@ -28,9 +28,10 @@ def events() -> None:
 
 _about = (
     click.option("--run", type=context.Key, metavar="ID", help="Events of a run."),
-    click.option("--pipeline", metavar="P"),
-    click.option("--unit", metavar="U"),
-    click.option("--type", "type_", metavar="T", help="Events of a type, such as run.failed."),
+    click.option("--pipeline", metavar="P", help="Events of a pipeline."),
+    click.option("--unit", metavar="U", help="Events of a unit, by its whole key."),
+    click.option("--type", "types", multiple=True, metavar="T", help="Of this type, such as run.failed; repeatable."),
+    click.option("--since", type=context.Time(), help="From then on: an ISO 8601 time, or how long ago, such as 2h."),
     click.option("--after", metavar="CURSOR", help="Only what comes after; never skips what was committed late."),
 )
 
@@ -43,25 +44,27 @@ def _selection(command: Any) -> Any:
 
 @events.command("list")
 @_selection
-@click.option("--since", type=context.Time())
-@click.option("--until", type=context.Time())
+@click.option("--until", type=context.Time(), help="Before then.")
 @click.option("--limit", type=click.IntRange(1), default=100, help="How many at most.")
 @output.as_json
 def list_(
     run: int | None,
     pipeline: str | None,
     unit: str | None,
-    type_: str | None,
-    after: str | None,
+    types: tuple[str, ...],
     since: datetime | None,
+    after: str | None,
     until: datetime | None,
     limit: int,
     as_json: bool,
 ) -> None:
     """List events, the oldest first: the newest ones, or those after a cursor.
 
+    To catch up, begin with --after 0-0 and go on with the cursor of each page until one is empty: nothing comes twice,
+    and nothing is missing, however late its transaction is committed.
+
     \b
-    Example:  wfm events list --type run.failed --since 2026-03-01
+    Example:  wfm events list --type run.failed --type run.cancelled --since 2h
               wfm events list --after 1234-56 --json
     """
     from wfm import views
@@ -73,7 +76,7 @@ def list_(
             run=run,
             pipeline=pipeline,
             unit=unit,
-            type=type_,
+            types=types,
             since=since,
             until=until,
             after=after,
@@ -150,9 +153,15 @@ def show(event_id: int, as_json: bool) -> None:
 @_selection
 @output.as_json
 def tail(
-    run: int | None, pipeline: str | None, unit: str | None, type_: str | None, after: str | None, as_json: bool
+    run: int | None,
+    pipeline: str | None,
+    unit: str | None,
+    types: tuple[str, ...],
+    since: datetime | None,
+    after: str | None,
+    as_json: bool,
 ) -> None:
-    """Follow the log, from now or from a cursor, until interrupted.
+    """Follow the log, from now, from a time or from a cursor, until interrupted.
 
     Reads the ledger in Postgres, so it misses nothing and works without Redis.
 
@@ -161,8 +170,10 @@ def tail(
     """
     from wfm import views
 
-    about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "type": type_}
+    about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "types": types, "since": since}
     with context.deployment() as d:
+        if after is None and since is not None:
+            after = views.START
         if after is None:
             with d.read() as tx:
                 after = views.events(tx.conn, location_id=d.location, newest=True, limit=1, **about).cursor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from sqlalchemy import Connection
 from wfm import grouping
 from wfm.errors import NotFoundError, UsageError
 from wfm.events import TYPES
-from wfm.views.sql import _PIPELINES, _UNITS, _all, _asked, _column, _require, _require_location, _rows
+from wfm.views.sql import _PIPELINES, _UNITS, _all, _asked, _column, _require, _require_all, _require_location, _rows
 
 
 class EventLine(Struct, frozen=True, kw_only=True):
@@ -76,7 +77,7 @@ def events(
     run: int | None = None,
     pipeline: str | None = None,
     unit: str | None = None,
-    type: str | None = None,
+    types: Collection[str] = (),
     since: datetime | None = None,
     until: datetime | None = None,
     after: str | None = None,
@@ -90,7 +91,8 @@ def events(
     transaction therefore delays the page, and loses nothing.
 
     Args:
-        run, pipeline, unit, type, location_id: what the event is about; None for all.
+        run, pipeline, unit, location_id: what the event is about; None for all.
+        types: only events of these types; all if empty.
         since, until: bounds of the event's time, the first included, the second not.
         after: cursor of an earlier page; None for the beginning.
         newest: the last `limit` of these events instead of the first.
@@ -99,15 +101,16 @@ def events(
         the events, and a cursor after which the next page begins, also if this one is empty.
 
     Raises:
-        NotFoundError: no such location, pipeline, unit or event type.
+        NotFoundError: no such location, pipeline, unit or event type; with every fault.
         UsageError: the cursor is none.
     """
     if location_id is not None:
         _require_location(conn, location_id)
-    _require(conn, "pipeline", pipeline, _PIPELINES)
-    _require(conn, "unit", unit, _UNITS, pipeline=pipeline)
-    if type is not None and type not in TYPES:
-        raise NotFoundError(grouping.unknown("event type", type, TYPES))
+    _require_all(
+        lambda: _require(conn, "pipeline", pipeline, _PIPELINES),
+        lambda: _require(conn, "unit", unit, _UNITS, pipeline=pipeline),
+        *(lambda name=name: _require_type(name) for name in types),
+    )
     txid, last = _cursor(after or START)
     # Taken before the page is read, so everything below it is settled when the page is read.
     (horizon,) = _column(conn, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text")
@@ -121,7 +124,8 @@ def events(
             WHERE (e.txid, e.id) > (CAST(:txid AS xid8), :last) AND e.txid < CAST(:horizon AS xid8)
                 AND {_asked("e.location_id", "loc", "bigint")} AND {_asked("e.run_id", "run", "bigint")}
                 AND {_asked("e.body ->> 'pipeline'", "pipeline")} AND {_asked("e.body ->> 'unit'", "unit")}
-                AND {_asked("e.type", "type")} AND {_asked("e.created_at", "since", "timestamptz", ">=")}
+                AND (CAST(:types AS text[]) = '{{}}' OR e.type = ANY(:types))
+                AND {_asked("e.created_at", "since", "timestamptz", ">=")}
                 AND {_asked("e.created_at", "until", "timestamptz", "<")}
             ORDER BY e.txid {order}, e.id {order} LIMIT :limit) page
         ORDER BY txid, id
@@ -133,12 +137,17 @@ def events(
         run=run,
         pipeline=pipeline,
         unit=unit,
-        type=type,
+        types=sorted(types),
         since=since,
         until=until,
         limit=limit,
     )
     return EventPage(found, found[-1].cursor if len(found) == limit else f"{horizon}-0")
+
+
+def _require_type(name: str) -> None:
+    if name not in TYPES:
+        raise NotFoundError(grouping.unknown("event type", name, TYPES))
 
 
 def _cursor(cursor: str) -> tuple[str, int]:
