@@ -7,10 +7,11 @@ from typing import Any
 
 from msgspec import Struct
 
+from wfm.decide import AgainFacts, MoveFacts, not_again
 from wfm.errors import NotFoundError, RefusedError
 from wfm.events import ENTRANCES, TYPES, Message, PipelineChanged
 from wfm.grouping import unknown
-from wfm.model import Actor, Role
+from wfm.model import Actor, Role, RunState
 from wfm.roles import next_attempt
 from wfm.store import Move, RunRow, Tx
 
@@ -42,32 +43,52 @@ def retry_runs(tx: Tx, ids: Sequence[int], actor: Actor) -> Moved:
 
     Refused where another run of the same unit is on its way, or where the unit wants other inputs by now.
     """
+    return _again(tx, ids, "retry", RunState.PENDING, actor)
+
+
+def redrive_runs(tx: Tx, ids: Sequence[int], begin: RunState, actor: Actor) -> Moved:
+    """Begin another attempt of ended runs, of COMPLETED ones too, by the newest chart.
+
+    Products of earlier attempts count until those of the new one are collected, and are superseded then. What depends
+    on the unit waits meanwhile, and is not run again: a repeated result of the same inputs, version and config counts
+    as the same.
+
+    Args:
+        begin: PENDING does everything again; COLLECTING_RESULTS collects once more what the last job left.
+
+    Refused where the same would be refused to `retry_runs`, and where there is nothing to collect.
+    """
+    trigger = {RunState.PENDING: "redrive", RunState.COLLECTING_RESULTS: "recollect"}[begin]
+    return _again(tx, ids, trigger, begin, actor, chart_version=tx.chart.version)
+
+
+def _again(tx: Tx, ids: Sequence[int], trigger: str, begin: RunState, actor: Actor, **sets: Any) -> Moved:
     runs = _locked(tx, ids)
     unfit = {
-        r.id: RefusedError(
-            f"run {r.id}: run {r.active} of the same unit is on its way"
-            if r.active
-            else f"run {r.id}: its inputs, version or config are no longer the newest; see `wfm why`"
-        )
+        r.id: RefusedError(f"run {r.id}: {reason}")
         for r in tx.all(
             """
-            SELECT r.id, a.id AS active FROM run r
+            SELECT r.id, s.active AND p.deleted_at IS NULL AS part, c.wanted IS NOT DISTINCT FROM r.wanted AS newest,
+                a.id AS active, r.exit_code, EXISTS (SELECT 1 FROM task t WHERE t.run_id = r.id
+                    AND t.attempt = r.attempt AND t.kind = 'purge' AND t.state <> 'closed') AS purged
+            FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
             LEFT JOIN run a ON (a.step_id, a.unit_id) = (r.step_id, r.unit_id) AND a.id <> r.id
                 AND a.finished_at IS NULL
             LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (r.step_id, r.unit_id)
             WHERE r.id = ANY(:ids) AND r.finished_at IS NOT NULL
-                AND (a.id IS NOT NULL OR c.wanted IS DISTINCT FROM r.wanted)
             """,
-            ids=list(ids),
+            ids=list(runs),
         )
+        if (reason := not_again(AgainFacts(r.part, r.newest, r.active, r.exit_code, r.purged), begin))
     }
-    moved, refused = tx.move(
-        [
-            Move(r, "retry", actor, sets={**next_attempt(r), "failures": 0, "failure": "", "message": ""})
-            for i, r in runs.items()
-            if i not in unfit
-        ]
-    )
+    moves = []
+    for i, run in runs.items():
+        if i not in unfit:
+            kept = {"attempt": run.attempt + 1} if begin is RunState.COLLECTING_RESULTS else next_attempt(run)
+            cleared = {"failures": 0, "failure": "", "message": ""}
+            facts = MoveFacts(exit_record=run.exit_code == 0)
+            moves.append(Move(run, trigger, actor, facts, {**kept, **cleared, **sets}))
+    moved, refused = tx.move(moves)
     return Moved(moved, {**unfit, **refused})
 
 

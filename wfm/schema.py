@@ -445,6 +445,7 @@ run_input = Table(
     metadata,
     Column("run_id", BigInteger, ForeignKey("run.id"), primary_key=True),
     Column("upstream_run_id", BigInteger, ForeignKey("run.id"), primary_key=True, index=True),
+    Column("upstream_attempt", Integer, nullable=False, server_default=text("1")),  # whose products it read
 )
 
 transition = Table(
@@ -522,11 +523,10 @@ data_product = Table(
     Column("size", BigInteger, nullable=False),
     _text("checksum", None),
     _json("metrics"),
-    Column("superseded_by", BigInteger, ForeignKey("run.id"), index=True),
+    Column("superseded_by", BigInteger, ForeignKey("run.id"), index=True),  # its own run: by a later attempt of it
     _time("created_at", now=True),
     _one_of("type", ProductType),
-    UniqueConstraint("run_id", "path"),
-    CheckConstraint("superseded_by <> run_id", name="not_by_itself"),
+    UniqueConstraint("run_id", "attempt", "path"),
 )
 
 dead_letter = Table(

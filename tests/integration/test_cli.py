@@ -691,10 +691,33 @@ def test_what_redis_was_not_told_is_in_the_ledger(processed: Cli, tmp_path: Path
         tail.send_signal(signal.SIGINT)
     assert (event["type"], event["reason"]) == ("pipeline.changed", "Redis is away")
     assert event["actor"].startswith("user:")
-    processed("events", "replay", "--all")
+    processed("events", "replay", "--pending")
     wait_until(lambda: processed.json("events", "show", event["id"])["done_at"])
     processed("events", "replay", event["id"], code=3)
     processed("resume", "slow")
+
+
+def test_an_ended_run_is_driven_again(processed: Cli) -> None:
+    run = next(r["id"] for r in processed.json("runs", "list", "--pipeline", "demo") if r["step"] == "combine")
+    for begin, state in (("COLLECTING_RESULTS", "COLLECTING_RESULTS"), ("PENDING", "PENDING")):
+        said = processed.json("events", "replay", "--run", run, "--from", begin, "--reason", "a new disk")
+        assert said == {"moved": {str(run): state}, "refused": {}}
+        processed("runs", "watch", run)
+    shown = processed.json("runs", "show", run)
+    assert shown["accepted"]
+    assert shown["attempt"] == 3
+    assert {p["attempt"]: p["superseded_by"] for p in shown["products"]} == {1: run, 2: run, 3: None}
+    asked = [t for t in shown["history"] if t["trigger"] in ("recollect", "redrive")]
+    assert {t["reason"] for t in asked} == {"a new disk"}
+    assert asked[0]["actor"].startswith("user:")
+    assert processed.json("events", "verify")["faults"] == []
+    said = processed("events", "replay", "--run", run, 7, "--from", "PENDING", "--pending", code=2).stderr
+    assert "given: EVENT, --pending, --run" in said
+    said = processed("events", "replay", "--from", "PENDING", "--reason", "x", code=2).stderr
+    assert "given: none" in said
+    assert "--from goes only with --run" in said
+    assert "--reason goes only with --run" in said
+    processed("events", "replay", "--run", 999, code=3)
 
 
 def test_dead_letters(processed: Cli, tmp_path: Path) -> None:

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from wfm.cli import context, output
+from wfm.cli.runs import tell
 from wfm.errors import NotFoundError, UsageError
+from wfm.model import RunState
 
 if TYPE_CHECKING:
     from wfm.views import EventLine
 
 LOOK_SECONDS = 0.3
 """s between two looks at the ledger."""
+
+BEGINNINGS = (RunState.PENDING, RunState.COLLECTING_RESULTS)
+"""States in which another attempt can begin."""
 
 DeadState = Literal["open", "resent", "dropped", "all"]
 
@@ -193,24 +198,64 @@ def tail(
                 time.sleep(LOOK_SECONDS)
 
 
+# --- replay ---
+
+
 @events.command()
-@click.argument("ids", metavar="[ID]...", type=context.Key, nargs=-1)
-@click.option("--all", "every", is_flag=True, help="All that are pending.")
-def replay(ids: tuple[int, ...], every: bool) -> None:
-    """Publish pending events again, now. Those that are done already are left alone.
+@click.argument("ids", metavar="[EVENT]...", type=context.Key, nargs=-1)
+@click.option("--pending", "--all", "pending", is_flag=True, help="Publish all pending events again.")
+@click.option("--run", "runs", type=context.Key, multiple=True, metavar="ID", help="Drive a run again; repeatable.")
+@click.option("--from", "begin", type=click.Choice(BEGINNINGS), help="With --run: where it begins.  [default: PENDING]")
+@context.reason
+@output.as_json
+def replay(
+    ids: tuple[int, ...], pending: bool, runs: tuple[int, ...], begin: str | None, reason: str, as_json: bool
+) -> None:
+    """Do again what events stand for. One of:
 
     \b
-    Example:  wfm events replay --all
+    EVENT... or --pending   publish pending events again, now; those that are done are left alone
+    --run ID                have an ended run begin another attempt: all of it, or with --from COLLECTING_RESULTS only
+                            the collection of what its last job left. What its earlier attempts made is superseded
+                            when the new products are collected.
+
+    \b
+    Example:  wfm events replay --pending
+              wfm events replay --run 42 --reason "the calibration disk was corrupt"
+              wfm events replay --run 42 --from COLLECTING_RESULTS --reason "the archive is mounted again"
     """
     from wfm import acts
 
-    if bool(ids) == every:
-        raise UsageError("name events by ID, or all with --all")
+    ways = {"EVENT": bool(ids), "--pending": pending, "--run": bool(runs)}
+    chosen = [way for way, given in ways.items() if given]
+    faults = [] if len(chosen) == 1 else [f"say one of {', '.join(ways)}; given: {', '.join(chosen) or 'none'}"]
+    belongs = {"--from": (begin, ["--run"]), "--reason": (reason, ["--run"])}
+    faults += [
+        f"{option} goes only with {' or '.join(to)}"
+        for option, (value, to) in belongs.items()
+        if value and not set(to) & set(chosen)
+    ]
+    if faults:
+        raise UsageError("\n".join(faults))
     with context.deployment() as d:
-        n = d.write(lambda tx: acts.republish(tx, d.location, None if every else ids))
-    if ids and n < len(set(ids)):
-        raise NotFoundError(f"published {n} again; of these events, {len(set(ids)) - n} are done, or do not exist here")
-    click.echo(f"published {output.plural(n, 'pending event')} again")
+        if runs:
+            state = RunState(begin or RunState.PENDING)
+            tell(d.write(lambda tx: acts.redrive_runs(tx, runs, state, context.actor(reason))), as_json)
+        else:
+            n = d.write(lambda tx: acts.republish(tx, d.location, None if pending else ids))
+            _tell_published(n, len(set(ids)) - n if ids else 0, as_json)
+
+
+def _tell_published(n: int, left: int, as_json: bool) -> None:
+    if as_json:
+        output.document({"published": n})
+    else:
+        click.echo(f"published {output.plural(n, 'pending event')} again")
+    if left:
+        raise NotFoundError(f"{output.plural(left, 'event')} of these: done already, or not there at this location")
+
+
+# --- verify ---
 
 
 @events.command()
