@@ -451,7 +451,7 @@ class Tx:
         )
 
     def _write_events(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.outbox.extend(_message(row) for row in insert_events(self.conn, rows, self.republish_seconds))
+        self.outbox.extend(message(row) for row in insert_events(self.conn, rows, self.republish_seconds))
 
     def load_events(self, ids: Sequence[int]) -> None:
         """Put ledger rows that other statements wrote in this transaction into the outbox."""
@@ -461,7 +461,7 @@ class Tx:
                 " WHERE id = ANY(:ids) ORDER BY id",
                 ids=list(ids),
             )
-            self.outbox.extend(_message(row) for row in rows)
+            self.outbox.extend(message(row) for row in rows)
 
     def hint(self, event: Event, recipient: str) -> None:
         """Wake a role after the commit. There is no ledger row: a lost hint costs one sweep interval."""
@@ -499,7 +499,7 @@ class Tx:
             full=list(full),
             later=self.republish_seconds,
         )
-        self.outbox.extend(_message(row) for row in sorted(rows, key=lambda r: r.id))
+        self.outbox.extend(message(row) for row in sorted(rows, key=lambda r: r.id))
 
     def republish_all(self, location_id: int) -> int:
         """Redis was emptied: everything pending is due now."""
@@ -651,7 +651,8 @@ def _body(r: RunRow) -> dict[str, Any]:
     return {"run": r.id, "version": r.version, "attempt": r.attempt, **names}
 
 
-def _message(row: Any) -> Message:
+def message(row: Any) -> Message:
+    """A row of the ledger as it travels."""
     at: datetime = row.created_at
     body = {**row.body, "id": row.id, "at": at.isoformat(), "actor": row.actor, "reason": row.reason}
     event = msgspec.convert(body, TYPES[row.type])

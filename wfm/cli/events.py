@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
+from msgspec import Struct
 
 from wfm.cli import context, output
+from wfm.cli.definitions import read_documents
 from wfm.cli.runs import tell
-from wfm.errors import NotFoundError, UsageError
+from wfm.errors import NotFoundError, UnavailableError, UsageError
 from wfm.model import RunState
 
 if TYPE_CHECKING:
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.3
 """s between two looks at the ledger."""
+
+PAGE = 1000
+"""Events that are read at once."""
 
 BEGINNINGS = (RunState.PENDING, RunState.COLLECTING_RESULTS)
 """States in which another attempt can begin."""
@@ -206,10 +214,34 @@ def tail(
 @click.option("--pending", "--all", "pending", is_flag=True, help="Publish all pending events again.")
 @click.option("--run", "runs", type=context.Key, multiple=True, metavar="ID", help="Drive a run again; repeatable.")
 @click.option("--from", "begin", type=click.Choice(BEGINNINGS), help="With --run: where it begins.  [default: PENDING]")
+@click.option("--into", metavar="STREAM", help="Copy events of the log into a stream of your own.")
+@click.option("--config", "files", multiple=True, metavar="FILE", help="Show what changed definitions would do.")
+@click.option("--dry-run", is_flag=True, help="With --config, which never does more.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1, 3600),
+    metavar="S",
+    help="With --config: give up after S seconds.  [default: 60]",
+)
+@click.option("--since", type=context.Time(), help="With --into or --config: events from then on.")
+@click.option("--until", type=context.Time(), help="With --into or --config: events before then.")
+@click.option("--type", "types", multiple=True, metavar="T", help="With --into: of this type; repeatable.")
 @context.reason
 @output.as_json
 def replay(
-    ids: tuple[int, ...], pending: bool, runs: tuple[int, ...], begin: str | None, reason: str, as_json: bool
+    ids: tuple[int, ...],
+    pending: bool,
+    runs: tuple[int, ...],
+    begin: str | None,
+    into: str | None,
+    files: tuple[str, ...],
+    dry_run: bool,
+    timeout: float | None,
+    since: datetime | None,
+    until: datetime | None,
+    types: tuple[str, ...],
+    reason: str,
+    as_json: bool,
 ) -> None:
     """Do again what events stand for. One of:
 
@@ -218,25 +250,48 @@ def replay(
     --run ID                have an ended run begin another attempt: all of it, or with --from COLLECTING_RESULTS only
                             the collection of what its last job left. What its earlier attempts made is superseded
                             when the new products are collected.
+    --into STREAM           copy events of the log, of a time or a type, into a stream of your own whose key begins with
+                            wfm: - field `event`, as in the public stream. Those that come twice have the same id.
+    --config FILE --dry-run show which runs changed definitions would add or take away, by the real gap engine: FILE is
+                            YAML as for `wfm apply`, or settings (.toml). With --since or --until only for the packages
+                            that arrived then. Changes nothing; roles may wait for what it holds until it is done.
 
     \b
     Example:  wfm events replay --pending
               wfm events replay --run 42 --reason "the calibration disk was corrupt"
               wfm events replay --run 42 --from COLLECTING_RESULTS --reason "the archive is mounted again"
+              wfm events replay --since 2d --type run.collected --into wfm:quicklook:replay
+              wfm events replay --config new.yaml --since 1d --dry-run
     """
     from wfm import acts
 
-    ways = {"EVENT": bool(ids), "--pending": pending, "--run": bool(runs)}
+    ways = {"EVENT": ids, "--pending": pending, "--run": runs, "--into": into, "--config": files}
     chosen = [way for way, given in ways.items() if given]
     faults = [] if len(chosen) == 1 else [f"say one of {', '.join(ways)}; given: {', '.join(chosen) or 'none'}"]
-    belongs = {"--from": (begin, ["--run"]), "--reason": (reason, ["--run"])}
+    belongs: dict[str, tuple[object, list[str]]] = {
+        "--from": (begin, ["--run"]),
+        "--reason": (reason, ["--run"]),
+        "--since": (since, ["--into", "--config"]),
+        "--until": (until, ["--into", "--config"]),
+        "--type": (types, ["--into"]),
+        "--dry-run": (dry_run, ["--config"]),
+        "--timeout": (timeout, ["--config"]),
+    }
     faults += [
         f"{option} goes only with {' or '.join(to)}"
         for option, (value, to) in belongs.items()
         if value and not set(to) & set(chosen)
     ]
+    if files and not dry_run:
+        faults.append("--config changes nothing: say --dry-run too; `wfm apply` makes the change")
     if faults:
         raise UsageError("\n".join(faults))
+    if into:
+        _copy(into, since, until, types, as_json)
+        return
+    if files:
+        _what_if(files, since, until, timeout or 60.0, as_json)
+        return
     with context.deployment() as d:
         if runs:
             state = RunState(begin or RunState.PENDING)
@@ -253,6 +308,98 @@ def _tell_published(n: int, left: int, as_json: bool) -> None:
         click.echo(f"published {output.plural(n, 'pending event')} again")
     if left:
         raise NotFoundError(f"{output.plural(left, 'event')} of these: done already, or not there at this location")
+
+
+class Copied(Struct, frozen=True):
+    """How many events went into a stream, and the cursor of the log behind them."""
+
+    stream: str
+    events: int
+    cursor: str
+
+
+def _copy(stream: str, since: datetime | None, until: datetime | None, types: Sequence[str], as_json: bool) -> None:
+    """Copy a part of the log as it is now, page by page; waits for transactions that began before, to miss nothing."""
+    from wfm import views
+    from wfm.bus import RedisError, check_foreign
+    from wfm.service import open_bus
+    from wfm.store import message
+
+    check_foreign(stream)
+    with context.deployment() as d, output.progress(f"copying events to {stream}") as advance:
+        with d.read() as tx:
+            now, end = views.log_end(tx.conn)
+        until = min(until, now) if until else now
+        bus = open_bus(d.settings)
+        n, cursor, waiting = 0, views.START, False
+        with closing(bus.client):
+            while True:
+                with d.read() as tx:
+                    page = views.events(
+                        tx.conn, location_id=d.location, types=types, since=since, until=until, after=cursor, limit=PAGE
+                    )
+                try:
+                    bus.append(stream, [message(e).body for e in page.events])
+                except RedisError as e:
+                    raise UnavailableError(
+                        f"at least {output.plural(n, 'event')} went into {stream}, then Redis failed: {e}; "
+                        "say the same again: what comes twice has the same id"
+                    ) from e
+                n += len(page.events)
+                cursor = page.cursor
+                advance(len(page.events))
+                if page.events:
+                    continue
+                if not views.is_before(cursor, end):
+                    break
+                if not waiting:
+                    output.warn("waits for transactions that are still open; what they write belongs to it")
+                    waiting = True
+                time.sleep(LOOK_SECONDS)
+    if as_json:
+        output.document(Copied(stream, n, cursor))
+    else:
+        click.echo(f"copied {output.plural(n, 'event')} to {stream}")
+
+
+def _what_if(
+    files: Sequence[str], since: datetime | None, until: datetime | None, seconds: float, as_json: bool
+) -> None:
+    from wfm import config, documents
+    from wfm.service import capacity
+    from wfm.whatif import what_if
+
+    tables = [Path(f) for f in files if f.endswith(".toml")]
+    others = [f for f in files if not f.endswith(".toml")]
+    if missing := [str(path) for path in tables if not path.is_file()]:
+        raise NotFoundError("\n".join(f"{path} does not exist" for path in missing))
+    read = read_documents(others) if others else documents.load([])
+    settings = config.load(files=tables)
+    with context.deployment() as d:
+        if settings.processing_location_id != d.location:
+            raise UsageError(f"{', '.join(map(str, tables))}: processing_location_id must stay {d.location}")
+        limits = capacity(d.settings), capacity(settings)
+        with output.progress("computing both futures"):
+            found = what_if(d.store, read, d.location, limits=limits, since=since, until=until, seconds=seconds)
+    if as_json:
+        output.document(found)
+        return
+    for c in found.changes:
+        click.echo(f"{c.kind} {c.name}: {c.action}")
+    arrived = output.plural(found.packages or 0, "package that arrived then", "packages that arrived then")
+    about = "the whole catalogue" if found.packages is None else arrived
+    click.echo(f"for {about}, supposing that every run succeeds:\n")
+    rows = [
+        (sign, r.wave, r.pipeline, r.step, r.unit, "; ".join(filter(None, (r.reason, r.never_fits))))
+        for sign, runs in (("+", found.added), ("-", found.gone))
+        for r in runs
+    ]
+    output.table(("", "WAVE", "PIPELINE", "STEP", "UNIT", "REASON"), rows, empty="the same runs as without the change")
+    if found.shifts:
+        click.echo("\nunits that would end otherwise:")
+        shifts = [(s.pipeline, s.step, s.before or "none", s.after or "none", s.units) for s in found.shifts]
+        output.table(("PIPELINE", "STEP", "WITHOUT", "WITH", "UNITS"), shifts, empty="")
+    click.echo(f"\n{output.plural(len(found.added), 'run')} more, {len(found.gone)} fewer; nothing was changed")
 
 
 # --- verify ---

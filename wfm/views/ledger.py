@@ -157,6 +157,23 @@ def _cursor(cursor: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def log_end(conn: Connection) -> tuple[datetime, str]:
+    """The time now, and a cursor behind everything that transactions write that have written something until now."""
+    # A number of our own is larger than all that were given out. A snapshot's xmax is not: it counts ended ones.
+    (row,) = _all(conn, "SELECT clock_timestamp() AS now, pg_current_xact_id()::text AS txid")
+    return row["now"], f"{row['txid']}-0"
+
+
+def is_before(cursor: str, other: str) -> bool:
+    """Whether a cursor lies before another.
+
+    Raises:
+        UsageError: one of them is none.
+    """
+    (txid, last), (other_txid, other_last) = _cursor(cursor), _cursor(other)
+    return (int(txid), last) < (int(other_txid), other_last)
+
+
 def event_detail(conn: Connection, event_id: int) -> EventDetail:
     """All about one row of the ledger.
 
