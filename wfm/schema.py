@@ -540,7 +540,9 @@ dead_letter = Table(
     _text("reason", None),
     Column("event_id", BigInteger),
     _text("state", "open"),
-    _text("actor"),
+    _text("actor"),  # who resent or dropped it, why, and when
+    _text("actor_reason"),
+    _time("settled_at"),
     _time("created_at", now=True),
     _one_of("state", ("open", "resent", "dropped")),
     UniqueConstraint("stream", "entry_id"),

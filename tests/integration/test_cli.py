@@ -727,11 +727,16 @@ def test_dead_letters(processed: Cli, tmp_path: Path) -> None:
     assert processed.json("events", "dead", "show", letter["id"])["text"] == "this is no JSON"
     processed("events", "dead", "resend", letter["id"], code=1, **without_redis(processed, tmp_path))
     assert processed.json("events", "dead", "list") == [letter]
-    processed("events", "dead", "resend", letter["id"])
+    processed("events", "dead", "resend", letter["id"], "--reason", "try again")
     (second,) = wait_until(lambda: processed.json("events", "dead", "list"))
     assert second["id"] != letter["id"]
+    assert "Missing option '--reason'" in processed("events", "dead", "drop", second["id"], code=2).stderr
     assert "dropped 1 message" in processed("events", "dead", "drop", second["id"], "--reason", "a test").stdout
     assert processed.json("events", "dead", "list") == []
     assert len(processed.json("events", "dead", "list", "--state", "all")) == 2
-    processed("events", "dead", "drop", second["id"], code=3)
+    (shown,) = processed.json("events", "dead", "list", "--state", "dropped")
+    assert (shown["actor_reason"], bool(shown["settled_at"])) == ("a test", True)
+    said = processed("events", "dead", "drop", second["id"], letter["id"], "--reason", "x", code=1).stderr
+    assert f"dead letter {second['id']} was dropped by user:" in said
+    assert f"dead letter {letter['id']} was resent by user:" in said
     processed("events", "dead", "show", 999, code=3)

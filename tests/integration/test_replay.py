@@ -1,18 +1,19 @@
-"""Copies of the log for others, and what changed definitions would do."""
+"""Copies of the log for others, what changed definitions would do, and dead letters."""
 
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
-from tests.harness import wait_until
+from tests.harness import ACTOR, wait_until
 from tests.integration.test_cli import Cli
-from wfm import documents
+from wfm import acts, documents
 from wfm.decide import Capacity
-from wfm.errors import UnavailableError
+from wfm.errors import NotFoundError, RefusedError, UnavailableError
 from wfm.model import Role
 from wfm.service import open_bus
 from wfm.whatif import _future, what_if
@@ -207,8 +208,19 @@ def test_it_gives_up_rather_than_wait_for_others_or_keep_them_waiting(world):
     succeed(world, "a", "b", "c")
     with world.store.begin() as tx:
         tx.run("SELECT 1 FROM coverage FOR UPDATE")
-        with pytest.raises(UnavailableError, match=r"gave up after 0\.2 s"):
-            what_if(world.store, documents.load([]), 1, limits=FREE, seconds=0.2)
+        gave_up = []
+
+        def ask():
+            with pytest.raises(UnavailableError, match=r"gave up after 0\.2 s"):
+                what_if(world.store, documents.load([]), 1, limits=FREE, seconds=0.2)
+            gave_up.append(True)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        wait_until(lambda: gave_up, seconds=20)  # less than the lock_timeout that every connection has
+    asking.join()
+    with pytest.raises(UnavailableError, match="gave up"):
+        what_if(world.store, documents.load([]), 1, limits=FREE, seconds=1e-9)
     assert not world.query("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'")
 
 
@@ -228,3 +240,49 @@ def test_the_command_shows_it_and_refuses_what_makes_no_sense(world, cli, tmp_pa
     cli("events", "replay", "--config", tmp_path / "none.toml", "--dry-run", code=3)
     small.write_text("[default]\nprocessing_location_id = 2\n")
     assert "must stay 1" in cli("events", "replay", "--config", small, "--dry-run", code=2).stderr
+
+
+# --- dead letters ---
+
+BYTES = b'{"raw_data_package": "a", \xff\x00 "not": JSON'
+
+
+def bury(world, kind, body, location=1, event=None):
+    with world.store.begin() as tx:
+        tx.bury(location, f"wfm:{{{location}}}:{kind}", f"{len(body)}-1", body, "a test", event)
+        return tx.all("SELECT max(id) AS id FROM dead_letter")[0].id
+
+
+def test_a_letter_is_sent_again_byte_for_byte_and_its_event_is_pending_although_it_was_done(world, redis):
+    world.pipeline("p", ONE)
+    world.register(world.package("a"))
+    (event,) = world.query("UPDATE event SET done_at = now(), failures = 5 WHERE type = 'data.arrived' RETURNING id")
+    letter = bury(world, "data.arrived", BYTES, event=event.id)
+    redis.flushdb()
+    assert world.act(lambda tx: acts.resend_dead(tx, 1, [letter], ACTOR)) == 1
+    assert [fields for _, fields in redis.xrange("wfm:{1}:data.arrived")] == [{b"event": BYTES}]
+    assert not redis.exists("wfm:{1}:events")
+    (row,) = world.query("SELECT done_at, failures, publish_at > now() AS later FROM event WHERE id = :id", id=event.id)
+    assert tuple(row) == (None, 0, True), "the relay does not publish it at once, beside the letter"
+
+
+def test_letters_are_settled_all_or_none_and_every_fault_is_told(world):
+    world.pipeline("p", ONE)
+    good, odd = bury(world, "data.arrived", b"1"), bury(world, "job.running", b"22")
+    other = bury(world, "data.arrived", b"333", location=2)
+
+    def refused(ids, act=acts.resend_dead):
+        with pytest.raises((RefusedError, NotFoundError)) as caught, world.store.begin() as tx:
+            act(tx, 1, ids, ACTOR)
+        assert [r.state for r in world.query("SELECT state FROM dead_letter")] == ["open"] * 3
+        return str(caught.value).splitlines()
+
+    assert [x.split(";")[0] for x in refused([good, 98, 99])] == [
+        "dead letter 98 does not exist",
+        "dead letter 99 does not exist",
+    ]
+    assert refused([good, odd, other]) == [
+        f"dead letter {odd}: nobody reads a stream 'job.running'; drop it instead",
+        f"dead letter {other} belongs to location 2, and this is 1",
+    ]
+    assert len(refused([odd, other], acts.drop_dead)) == 1

@@ -32,6 +32,9 @@ T = TypeVar("T")
 reason = click.option(
     "--reason", default="", show_default=False, metavar="TEXT", help="Why; stands in the history beside your name."
 )
+required_reason = click.option(
+    "--reason", required=True, metavar="TEXT", help="Why; stands beside your name for those who look later."
+)
 Key = click.IntRange(1, 2**63 - 1)
 """The id of a row."""
 

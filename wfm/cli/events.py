@@ -411,7 +411,8 @@ def _what_if(
 def verify(runs: tuple[int, ...], as_json: bool) -> None:
     """Check that the history of every run replays, through its statechart, to the state that is stored.
 
-    Ends with 1 if it does not.
+    And that events belong to runs that are there, none is left pending for a run that has long ended, and coverage
+    rests on completed runs. Ends with 1 if not.
 
     \b
     Example:  wfm events verify
@@ -442,7 +443,7 @@ def dead() -> None:
 
 
 @dead.command("list")
-@click.option("--state", type=click.Choice(get_args(DeadState)), default="open", help="Only those.")
+@click.option("--state", type=click.Choice(get_args(DeadState)), default="open", help="Letters in this state.")
 @output.as_json
 def dead_list(state: DeadState, as_json: bool) -> None:
     """List messages that were given up, the newest first.
@@ -453,7 +454,7 @@ def dead_list(state: DeadState, as_json: bool) -> None:
     from wfm import views
 
     with context.deployment() as d, d.read() as tx:
-        found = views.dead_letters(tx.conn, None if state == "all" else state)
+        found = views.dead_letters(tx.conn, None if state == "all" else state, location_id=d.location)
     if as_json:
         output.document(found)
         return
@@ -479,7 +480,8 @@ def dead_show(letter: int, as_json: bool) -> None:
         return
     output.facts(
         [
-            ("dead letter", f"{x.id}, {x.state}" + (f" by {x.actor}" if x.actor else "")),
+            ("dead letter", f"{x.id}, {x.state}"),
+            ("settled", f"at {output.when(x.settled_at)} by {x.actor}: {x.actor_reason}" if x.settled_at else ""),
             ("stream", f"{x.stream} entry {x.entry_id}"),
             ("event", x.event_id),
             ("at", output.when(x.created_at)),
@@ -495,25 +497,29 @@ _letters = click.argument("letters", metavar="ID...", type=context.Key, nargs=-1
 @dead.command()
 @_letters
 @context.reason
-def resend(letters: tuple[int, ...], reason: str) -> None:
-    """Put messages back on their streams, as they were.
+@output.as_json
+def resend(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
+    """Put messages back on their streams, byte for byte, all or none.
+
+    The event of a letter is pending again, also if it is done: what is handled twice does no harm.
 
     \b
-    Example:  wfm events dead resend 3 4
+    Example:  wfm events dead resend 3 4 --reason "the bug is mended"
     """
     from wfm import acts
 
     with context.deployment() as d, d.store.begin() as tx:
-        n = acts.resend_dead(tx, letters, context.actor(reason))
+        n = acts.resend_dead(tx, d.location, letters, context.actor(reason))
         d.send(tx.outbox)  # before the commit: the ledger does not know them all
-    click.echo(f"sent {output.plural(n, 'message')} again")
+    output.document({"resent": n}) if as_json else click.echo(f"sent {output.plural(n, 'message')} again")
 
 
 @dead.command()
 @_letters
-@context.reason
-def drop(letters: tuple[int, ...], reason: str) -> None:
-    """Give messages up for good; their bytes stay in the list.
+@context.required_reason
+@output.as_json
+def drop(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
+    """Give messages up for good, all or none; their bytes stay in the list.
 
     \b
     Example:  wfm events dead drop 3 --reason "sent by a broken script"
@@ -521,5 +527,5 @@ def drop(letters: tuple[int, ...], reason: str) -> None:
     from wfm import acts
 
     with context.deployment() as d:
-        n = d.write(lambda tx: acts.drop_dead(tx, letters, context.actor(reason)))
-    click.echo(f"dropped {output.plural(n, 'message')}")
+        n = d.write(lambda tx: acts.drop_dead(tx, d.location, letters, context.actor(reason)))
+    output.document({"dropped": n}) if as_json else click.echo(f"dropped {output.plural(n, 'message')}")

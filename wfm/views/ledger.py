@@ -199,7 +199,12 @@ DeadLetterState = Literal["open", "resent", "dropped"]
 
 
 class DeadLetterLine(Struct, frozen=True, kw_only=True):
-    """A message that could not be handled. `size` of its body in bytes; `event_id` of its ledger row, if known."""
+    """A message that could not be handled.
+
+    Attributes:
+        reason: why it could not be handled. size: of its body in bytes. event_id: of its ledger row, if known.
+        actor, actor_reason, settled_at: who sent it again or dropped it, why and when.
+    """
 
     id: int
     location: str
@@ -209,6 +214,8 @@ class DeadLetterLine(Struct, frozen=True, kw_only=True):
     event_id: int | None
     state: DeadLetterState
     actor: str
+    actor_reason: str
+    settled_at: datetime | None
     created_at: datetime
     size: int
 
@@ -221,19 +228,26 @@ class DeadLetter(DeadLetterLine, frozen=True, kw_only=True):
 
 
 _DEAD_LETTER = """
-SELECT d.id, l.name AS location, d.stream, d.entry_id, d.reason, d.event_id, d.state, d.actor, d.created_at,
+SELECT d.id, l.name AS location, d.stream, d.entry_id, d.reason, d.event_id, d.state, d.actor, d.actor_reason,
+    d.settled_at, d.created_at,
     octet_length(d.body) AS size, d.body
 FROM dead_letter d JOIN data_location l ON l.id = d.location_id
 """
 
 
-def dead_letters(conn: Connection, state: DeadLetterState | None = "open") -> list[DeadLetterLine]:
-    """Messages that could not be handled, the newest first; None for those of every state."""
+def dead_letters(
+    conn: Connection, state: DeadLetterState | None = "open", *, location_id: int | None = None
+) -> list[DeadLetterLine]:
+    """Messages that could not be handled, the newest first; None for those of every state, or of every location."""
     return _rows(
         conn,
         DeadLetterLine,
-        f"{_DEAD_LETTER} WHERE {_asked('d.state', 'state')} ORDER BY d.id DESC",
+        f"""
+        {_DEAD_LETTER} WHERE {_asked("d.state", "state")} AND {_asked("d.location_id", "loc", "bigint")}
+        ORDER BY d.id DESC
+        """,
         state=state,
+        loc=location_id,
     )
 
 

@@ -1,4 +1,4 @@
-"""other attempts of ended runs: products by attempt, and which attempt's products a run read"""
+"""other attempts of ended runs (products by attempt, and whose products a run read); why dead letters were settled"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -18,3 +18,5 @@ def upgrade() -> None:
     op.create_unique_constraint(
         op.f("uq_data_product_run_id_attempt_path"), "data_product", ["run_id", "attempt", "path"]
     )
+    op.add_column("dead_letter", sa.Column("actor_reason", sa.Text(), server_default=sa.text("''"), nullable=False))
+    op.add_column("dead_letter", sa.Column("settled_at", sa.DateTime(timezone=True), nullable=True))
