@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import text
 
 from tests.harness import ACTOR, wait_until
 from tests.integration.test_cli import Cli
-from wfm import acts, documents
+from wfm import acts, documents, gaps
 from wfm.decide import Capacity
 from wfm.errors import NotFoundError, RefusedError, UnavailableError
 from wfm.model import Role
+from wfm.roles import every_pair
 from wfm.service import open_bus
 from wfm.whatif import _future, what_if
 
@@ -190,11 +192,16 @@ def test_only_what_arrived_in_a_time_range_and_what_follows_from_it(world):
     found = asked(world, config, pipeline(changed), since=between)
     assert [(r.step, r.unit.split("-")[0]) for r in found.added] == [("one", "late"), ("two", "all")]
     assert found.packages == 1
-    found = asked(world, config, pipeline(changed), until=between)
-    assert [r.unit.split("-")[0] for r in found.added] == ["a", "b", "c", "all"]
     # A pipeline that is not there yet.
     found = asked(world, {**pipeline(ONE), "name": "q"}, since=between)
     assert lines(found.added) == [(1, "q", "one", "late", "no result covers this unit yet")]
+    # A run of something else is under way; it comes to its end in both futures, and what follows is not asked for.
+    world.register(world.package("other"))
+    with world.store.begin() as tx:
+        gaps.evaluate(tx, every_pair(tx, 1, None), ACTOR)
+    assert world.states()["one", "PENDING"] == 1
+    found = asked(world, config, pipeline(changed), until=between)
+    assert [r.unit.split("-")[0] for r in found.added] == ["a", "b", "c", "all"]
 
 
 def test_runs_that_could_never_start_are_told(world):
@@ -204,7 +211,7 @@ def test_runs_that_could_never_start_are_told(world):
     assert {r.never_fits for r in found.added} == {"never fits: asks for 8 cores, this location has 4"}
 
 
-def test_it_gives_up_rather_than_wait_for_others_or_keep_them_waiting(world):
+def test_it_gives_up_rather_than_wait_for_others_or_keep_them_waiting(world, monkeypatch):
     succeed(world, "a", "b", "c")
     with world.store.begin() as tx:
         tx.run("SELECT 1 FROM coverage FOR UPDATE")
@@ -219,8 +226,11 @@ def test_it_gives_up_rather_than_wait_for_others_or_keep_them_waiting(world):
         asking.start()
         wait_until(lambda: gave_up, seconds=20)  # less than the lock_timeout that every connection has
     asking.join()
-    with pytest.raises(UnavailableError, match="gave up"):
-        what_if(world.store, documents.load([]), 1, limits=FREE, seconds=1e-9)
+
+    clock = iter((0.0, 0.0, 61.0))
+    monkeypatch.setattr("wfm.whatif.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(UnavailableError, match="gave up after 60 s"):
+        what_if(world.store, documents.load([]), 1, limits=FREE)
     assert not world.query("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'")
 
 

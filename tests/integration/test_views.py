@@ -1067,7 +1067,9 @@ def test_events_that_are_left_pending_are_found(conn: Connection, night: Night) 
     last = next(e for e in views.events(conn, run=night.again).events if e.type == "run.collected")
     conn.execute(text("UPDATE event SET done_at = NULL WHERE id = ANY(:ids)"), {"ids": [early.id, last.id]})
     assert views.verify(conn, CHARTS).faults == [], "they may be on their way"
-    conn.execute(text("UPDATE event SET created_at = '2026-01-02T03:04:05Z' WHERE id = ANY(:ids)"), {"ids": [early.id]})
+    conn.execute(
+        text("UPDATE event SET created_at = '2026-01-02T03:04:05Z' WHERE id = ANY(:ids)"), {"ids": [early.id, last.id]}
+    )
     assert views.verify(conn, CHARTS).faults == [], "the run has just ended"
     conn.execute(text("UPDATE run SET finished_at = now() - interval '1 h' WHERE id = :run"), {"run": night.again})
     assert views.verify(conn, CHARTS).faults == [

@@ -434,6 +434,30 @@ def verify(runs: tuple[int, ...], as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
+# --- schema ---
+
+
+@events.command()
+@output.as_json
+def schema(as_json: bool) -> None:
+    """Print the schema of every event, as an AsyncAPI document in YAML. Needs no database.
+
+    \b
+    Example:  wfm events schema > events.yaml
+    """
+    import yaml
+
+    from wfm.asyncapi import document
+    from wfm.service import load_charts
+
+    charts = load_charts()
+    made = document(charts[max(charts)])
+    if as_json:
+        output.document(made)
+    else:
+        click.echo(yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=120), nl=False)
+
+
 # --- dead letters ---
 
 
