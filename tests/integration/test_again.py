@@ -222,3 +222,49 @@ def test_a_run_that_began_under_chart_1_goes_on_under_it_and_a_new_attempt_begin
     assert [r.chart_version for r in world.runs()] == [2, 1]
     assert [v for *_, v in history(world, first)[0]] == [1] * 6 + [2] * 6
     assert verified(world) == []
+
+
+def changed_and_changed_back(world):
+    """Two runs, of which the first has the result that is wanted again."""
+    with world.roles():
+        for n, content in enumerate(("data of a\n", "changed\n"), 1):
+            world.register(world.package("a", content))
+            wait_until(lambda n=n: len(world.runs()) == n and world.all_covered(1))
+    return world.runs()
+
+
+def test_data_that_changes_back_is_covered_by_its_first_result_whose_products_count_again(world):
+    world.pipeline("p", ONE)
+    first, second = changed_and_changed_back(world)
+    assert [x[1] for run in (first, second) for x in products(world, run)] == [second.id, None]
+    with world.roles():
+        world.register(world.package("a", "data of a\n"))
+        wait_until(lambda: world.coverage()["one", first.unit].run_id == first.id)
+        world.assert_quiet()
+    assert [x[1] for run in (first, second) for x in products(world, run)] == [None, first.id]
+    assert len(world.runs()) == 2
+    # And once more, with two attempts of the first.
+    with world.roles():
+        redrive(world, first)
+        wait_until(lambda: world.runs()[0].attempt == 2 and world.all_covered(1))
+        world.register(world.package("a", "changed\n"))
+        wait_until(lambda: world.coverage()["one", first.unit].run_id == second.id)
+        world.register(world.package("a", "data of a\n"))
+        wait_until(lambda: world.coverage()["one", first.unit].run_id == first.id)
+        world.assert_quiet()
+    assert [x[1] for x in products(world, first)] == [first.id, None]
+    assert verified(world) == []
+
+
+def test_data_that_changes_back_after_its_result_was_purged_is_computed_again(world):
+    world.pipeline("p", [{**ONE[0], "retention_days": 1e-9}])
+    first, _ = changed_and_changed_back(world)
+    with world.store.begin() as tx:
+        open_purges(tx, 1)
+    with world.roles():
+        world.register(world.package("a", "data of a\n"))
+        wait_until(lambda: len(world.runs()) == 3 and world.all_covered(1))
+        world.assert_quiet()
+    assert not Path(first.job["directory"]).exists()
+    assert products(world, world.runs()[2]) == [(1, None, "data of a\n")]
+    assert world.coverage()["one", first.unit].run_id == world.runs()[2].id
