@@ -668,6 +668,8 @@ def test_events_are_selected_by_type_and_time_and_paged(processed: Cli) -> None:
         first = next(e for e in everything if e["type"] == "gap.detected")
         assert json.loads(tail.stdout.readline())["id"] == first["id"]
         tail.send_signal(signal.SIGINT)
+    said = processed.process("events", "tail", *kinds, "--after", "0-0", "--until", "0s", "--json")
+    assert [json.loads(line)["id"] for line in said.splitlines()] == read, "it ends by itself"
     assert "nor how long ago" in processed("events", "list", "--since", "2 hours", code=2).stderr
     said = processed("events", "list", "--type", "run.faild", "--pipeline", "dem", code=3).stderr
     assert "'dem', did you mean 'demo'" in said

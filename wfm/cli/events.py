@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -45,6 +45,7 @@ _about = (
     click.option("--unit", metavar="U", help="Events of a unit, by its whole key."),
     click.option("--type", "types", multiple=True, metavar="T", help="Of this type, such as run.failed; repeatable."),
     click.option("--since", type=context.Time(), help="From then on: an ISO 8601 time, or how long ago, such as 2h."),
+    click.option("--until", type=context.Time(), help="Before then."),
     click.option("--after", metavar="CURSOR", help="Only what comes after; never skips what was committed late."),
 )
 
@@ -57,7 +58,6 @@ def _selection(command: Any) -> Any:
 
 @events.command("list")
 @_selection
-@click.option("--until", type=context.Time(), help="Before then.")
 @click.option("--limit", type=click.IntRange(1), default=100, help="How many at most.")
 @output.as_json
 def list_(
@@ -66,8 +66,8 @@ def list_(
     unit: str | None,
     types: tuple[str, ...],
     since: datetime | None,
-    after: str | None,
     until: datetime | None,
+    after: str | None,
     limit: int,
     as_json: bool,
 ) -> None:
@@ -171,10 +171,11 @@ def tail(
     unit: str | None,
     types: tuple[str, ...],
     since: datetime | None,
+    until: datetime | None,
     after: str | None,
     as_json: bool,
 ) -> None:
-    """Follow the log, from now, from a time or from a cursor, until interrupted.
+    """Follow the log, from now, from a time or from a cursor, until interrupted or to the end of a time.
 
     Reads the ledger in Postgres, so it misses nothing and works without Redis.
 
@@ -183,7 +184,9 @@ def tail(
     """
     from wfm import views
 
-    about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "types": types, "since": since}
+    about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "types": types}
+    times: dict[str, Any] = {"since": since, "until": until}
+    end = ""
     with context.deployment() as d:
         if after is None and since is not None:
             after = views.START
@@ -192,7 +195,7 @@ def tail(
                 after = views.events(tx.conn, location_id=d.location, newest=True, limit=1, **about).cursor
         while True:
             with d.read() as tx:
-                page = views.events(tx.conn, location_id=d.location, after=after, limit=1000, **about)
+                page = views.events(tx.conn, location_id=d.location, after=after, limit=PAGE, **about, **times)
             for e in page.events:
                 if as_json:
                     output.line(e)
@@ -202,8 +205,15 @@ def tail(
                     click.echo("  ".join(words))
             sys.stdout.flush()
             after = page.cursor
-            if not page.events:
-                time.sleep(LOOK_SECONDS)
+            if page.events:
+                continue
+            if end and not views.is_before(after, end):
+                return
+            if until and not end and datetime.now(UTC) >= until:
+                with d.read() as tx:
+                    now, cursor = views.log_end(tx.conn)
+                end = cursor if now >= until else ""
+            time.sleep(LOOK_SECONDS)
 
 
 # --- replay ---
