@@ -7,10 +7,11 @@ from typing import Any
 
 from msgspec import Struct
 
+from wfm.decide import AgainFacts, MoveFacts, not_again
 from wfm.errors import NotFoundError, RefusedError
-from wfm.events import ENTRANCES, TYPES, Message, PipelineChanged
+from wfm.events import ENTRANCES, Message, PipelineChanged
 from wfm.grouping import unknown
-from wfm.model import Actor, Role
+from wfm.model import Actor, Role, RunState
 from wfm.roles import next_attempt
 from wfm.store import Move, RunRow, Tx
 
@@ -42,32 +43,52 @@ def retry_runs(tx: Tx, ids: Sequence[int], actor: Actor) -> Moved:
 
     Refused where another run of the same unit is on its way, or where the unit wants other inputs by now.
     """
+    return _again(tx, ids, "retry", RunState.PENDING, actor)
+
+
+def redrive_runs(tx: Tx, ids: Sequence[int], begin: RunState, actor: Actor) -> Moved:
+    """Begin another attempt of ended runs, of COMPLETED ones too, by the newest chart.
+
+    Products of earlier attempts count until those of the new one are collected, and are superseded then. What depends
+    on the unit waits meanwhile, and is not run again: a repeated result of the same inputs, version and config counts
+    as the same.
+
+    Args:
+        begin: PENDING does everything again; COLLECTING_RESULTS collects once more what the last job left.
+
+    Refused where the same would be refused to `retry_runs`, and where there is nothing to collect.
+    """
+    trigger = {RunState.PENDING: "redrive", RunState.COLLECTING_RESULTS: "recollect"}[begin]
+    return _again(tx, ids, trigger, begin, actor, chart_version=tx.chart.version)
+
+
+def _again(tx: Tx, ids: Sequence[int], trigger: str, begin: RunState, actor: Actor, **sets: Any) -> Moved:
     runs = _locked(tx, ids)
     unfit = {
-        r.id: RefusedError(
-            f"run {r.id}: run {r.active} of the same unit is on its way"
-            if r.active
-            else f"run {r.id}: its inputs, version or config are no longer the newest; see `wfm why`"
-        )
+        r.id: RefusedError(f"run {r.id}: {reason}")
         for r in tx.all(
             """
-            SELECT r.id, a.id AS active FROM run r
+            SELECT r.id, s.active AND p.deleted_at IS NULL AS part, c.wanted IS NOT DISTINCT FROM r.wanted AS newest,
+                a.id AS active, r.exit_code, EXISTS (SELECT 1 FROM task t WHERE t.run_id = r.id
+                    AND t.attempt = r.attempt AND t.kind = 'purge' AND t.state <> 'closed') AS purged
+            FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
             LEFT JOIN run a ON (a.step_id, a.unit_id) = (r.step_id, r.unit_id) AND a.id <> r.id
                 AND a.finished_at IS NULL
             LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (r.step_id, r.unit_id)
             WHERE r.id = ANY(:ids) AND r.finished_at IS NOT NULL
-                AND (a.id IS NOT NULL OR c.wanted IS DISTINCT FROM r.wanted)
             """,
-            ids=list(ids),
+            ids=list(runs),
         )
+        if (reason := not_again(AgainFacts(r.part, r.newest, r.active, r.exit_code, r.purged), begin))
     }
-    moved, refused = tx.move(
-        [
-            Move(r, "retry", actor, sets={**next_attempt(r), "failures": 0, "failure": "", "message": ""})
-            for i, r in runs.items()
-            if i not in unfit
-        ]
-    )
+    moves = []
+    for i, run in runs.items():
+        if i not in unfit:
+            kept = {"attempt": run.attempt + 1} if begin is RunState.COLLECTING_RESULTS else next_attempt(run)
+            cleared = {"failures": 0, "failure": "", "message": ""}
+            facts = MoveFacts(exit_record=run.exit_code == 0)
+            moves.append(Move(run, trigger, actor, facts, {**kept, **cleared, **sets}))
+    moved, refused = tx.move(moves)
     return Moved(moved, {**unfit, **refused})
 
 
@@ -159,39 +180,75 @@ def republish(tx: Tx, location_id: int, ids: Sequence[int] | None = None) -> int
     return len(rows)
 
 
-def resend_dead(tx: Tx, ids: Sequence[int], actor: Actor) -> int:
-    """Put dead letters back on their streams, as they were."""
-    rows = _dead(tx, ids, "resent", actor)
-    for r in rows:
-        kind = r.stream.rsplit(":", 1)[-1]
-        if kind not in TYPES:
-            raise RefusedError(f"dead letter {r.id}: no stream {kind!r} is known; drop it instead")
-        recipient = ENTRANCES.get(kind) or _recipient(tx, kind)
-        tx.outbox.append(Message(kind, recipient, bytes(r.body)))
-        if r.event_id is not None:
-            tx.run("UPDATE event SET done_at = NULL, failures = 0, publish_at = now() WHERE id = :id", id=r.event_id)
+def resend_dead(tx: Tx, location_id: int, ids: Sequence[int], actor: Actor) -> int:
+    """Put dead letters back on their streams, as they were; their events are pending again.
+
+    To be published before the commit, since not every letter has an event that would be published again.
+    """
+    rows = _dead(tx, location_id, ids, "resent", actor)
+    tx.outbox += [Message(r.kind, r.recipient, bytes(r.body)) for r in rows]
+    tx.run(
+        "UPDATE event SET done_at = NULL, failures = 0, publish_at = now() + :later * interval '1 s'"
+        " WHERE id = ANY(:ids)",
+        ids=[r.event_id for r in rows if r.event_id is not None],
+        later=tx.republish_seconds,
+    )
     return len(rows)
 
 
-def drop_dead(tx: Tx, ids: Sequence[int], actor: Actor) -> int:
+def drop_dead(tx: Tx, location_id: int, ids: Sequence[int], actor: Actor) -> int:
     """Mark dead letters as dropped; their bytes stay."""
-    return len(_dead(tx, ids, "dropped", actor))
+    return len(_dead(tx, location_id, ids, "dropped", actor))
 
 
-def _dead(tx: Tx, ids: Sequence[int], state: str, actor: Actor) -> Sequence[Any]:
-    rows = tx.all(
-        "UPDATE dead_letter SET state = :state, actor = :actor WHERE id = ANY(:ids) AND state = 'open'"
-        " RETURNING id, stream, body, event_id",
+class _Letter(Struct, frozen=True):
+    kind: str
+    recipient: str
+    body: bytes
+    event_id: int | None
+
+
+def _dead(tx: Tx, location_id: int, ids: Sequence[int], state: str, actor: Actor) -> list[_Letter]:
+    """Settle open dead letters of a location, all or none.
+
+    Raises:
+        NotFoundError: with every letter that is not there. RefusedError: with every letter that cannot be settled so.
+    """
+    found = {
+        r.id: r
+        for r in tx.all(
+            "SELECT id, location_id, stream, body, event_id, state, actor FROM dead_letter WHERE id = ANY(:ids)"
+            " ORDER BY id FOR NO KEY UPDATE",
+            ids=list(ids),
+        )
+    }
+    faults = [f"dead letter {i} does not exist; see `wfm events dead list`" for i in sorted(set(ids) - set(found))]
+    if faults:
+        raise NotFoundError("\n".join(faults))
+    letters = []
+    for r in found.values():
+        kind = r.stream.rsplit(":", 1)[-1]
+        recipient = _recipient(tx, kind)
+        letters.append(_Letter(kind, recipient, r.body, r.event_id))
+        if r.location_id != location_id:
+            faults.append(f"dead letter {r.id} belongs to location {r.location_id}, and this is {location_id}")
+        if r.state != "open":
+            faults.append(f"dead letter {r.id} was {r.state} by {r.actor} already")
+        if state == "resent" and not recipient:
+            faults.append(f"dead letter {r.id}: nobody reads a stream {kind!r}; drop it instead")
+    if faults:
+        raise RefusedError("\n".join(faults))
+    tx.run(
+        "UPDATE dead_letter SET state = :state, actor = :actor, actor_reason = :reason, settled_at = now()"
+        " WHERE id = ANY(:ids)",
         state=state,
         actor=actor.name,
-        ids=list(ids),
+        reason=actor.reason,
+        ids=list(found),
     )
-    missing = sorted(set(ids) - {r.id for r in rows})
-    if missing:
-        raise NotFoundError(f"no open dead letter: {', '.join(map(str, missing))}; see `wfm events dead list`")
-    return rows
+    return letters
 
 
 def _recipient(tx: Tx, kind: str) -> Role | str:
     emits = (e for s in tx.chart.states.values() for e in s.emits if e.event == kind)
-    return next((e.to for e in emits if e.to), "")
+    return ENTRANCES.get(kind) or next((e.to for e in emits if e.to), "")

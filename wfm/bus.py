@@ -2,7 +2,8 @@
 
 One stream for each event type with a recipient (``wfm:{<location>}:<type>``), with one consumer group (the recipient
 role); acknowledged entries are deleted, so a stream's length is its backlog. Beside them ``wfm:{<location>}:events``,
-capped, with a copy of everything for anybody. Needs no command newer than Redis 6.2; touches no key but ours.
+capped, with a copy of everything for anybody. Needs no command newer than Redis 6.2; touches no key but ours, and
+those that somebody names for a copy of the log.
 
 A random ``life`` key stands beside the streams: when it is gone, Redis was emptied and the ledger is published again.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
+from wfm.errors import UsageError
 from wfm.events import TYPES, Message
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,19 @@ def connect(url: str, options: Mapping[str, Any], *, timeout: float = 10.0) -> r
         **options,
     )
     return client
+
+
+def check_foreign(stream: str) -> None:
+    """Refuse a stream's key that is not one for others to choose.
+
+    Raises:
+        UsageError: the key is one of ours, or lies outside what wfm may touch.
+    """
+    if not re.fullmatch(r"wfm:[\x21-\x7e]+", stream, re.ASCII) or stream.startswith("wfm:{"):
+        raise UsageError(
+            f"{stream!r}: allowed is a key of your own that begins with wfm: without spaces, such as wfm:mine:replay, "
+            "but not with wfm:{, which is for wfm"
+        )
 
 
 class Bus:
@@ -98,6 +114,21 @@ class Bus:
             if m.id is not None:
                 pipe.xadd(self.prefix + "events", {FIELD: m.body}, maxlen=self.public_length, approximate=True)
         errors = [r for r in pipe.execute(raise_on_error=False) if isinstance(r, RedisError)]
+        if errors:
+            raise errors[0]
+
+    def append(self, stream: str, bodies: Sequence[bytes]) -> None:
+        """Append messages to a stream of somebody else (see `check_foreign`), in one round trip.
+
+        Raises:
+            UsageError: the key holds something else.
+        """
+        pipe = self.client.pipeline(transaction=False)
+        for body in bodies:
+            pipe.xadd(stream, {FIELD: body})
+        errors = [r for r in pipe.execute(raise_on_error=False) if isinstance(r, RedisError)]
+        if errors and "WRONGTYPE" in str(errors[0]):
+            raise UsageError(f"{stream!r} holds something else than a stream")
         if errors:
             raise errors[0]
 

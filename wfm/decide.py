@@ -332,6 +332,44 @@ def judge(state: RunState, report: Report, seconds_in_state: float, grace_second
     return Verdict(None)
 
 
+class AgainFacts(Struct, frozen=True):
+    """What decides whether an ended run may begin another attempt.
+
+    Attributes:
+        part: its step is still part of its pipeline. newest: its inputs, version and config are those wanted now.
+        active: another run of its unit that has not ended; None if there is none.
+        exit_code: of its last job, None if that left no record.
+        purged: the files of its attempts were removed, or are about to be.
+    """
+
+    part: bool
+    newest: bool
+    active: int | None
+    exit_code: int | None
+    purged: bool
+
+
+def not_again(f: AgainFacts, begin: RunState) -> str:
+    """Why an ended run may not begin another attempt in this state; empty if it may.
+
+    In PENDING everything is done again. In COLLECTING_RESULTS what its last job left is collected again.
+    """
+    if not f.part:
+        return "its step is no longer part of its pipeline"
+    if f.active is not None:
+        return f"run {f.active} of the same unit is on its way"
+    if not f.newest:
+        return "its inputs, version or config are no longer the newest; see `wfm why`"
+    if begin is RunState.COLLECTING_RESULTS:
+        if f.exit_code is None:
+            return "its last job left no exit record, so there is nothing to collect; begin from PENDING"
+        if f.exit_code != 0:
+            return f"its last job left with code {f.exit_code}, so there is nothing to collect; begin from PENDING"
+        if f.purged:
+            return "the files of its attempts were purged; begin from PENDING"
+    return ""
+
+
 class MoveFacts(Struct, frozen=True):
     """What the guards of the run chart look at."""
 

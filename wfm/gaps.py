@@ -362,7 +362,26 @@ def _write(
             ]
         ),
     )
-    return [(r.step_id, r.unit_id) for r in rows]
+    changed = [(r.step_id, r.unit_id) for r in rows]
+    _let_count(tx, sorted({d.covered_by for pair in changed if (d := decisions[pair]).covered_by}))
+    return changed
+
+
+def _let_count(tx: Tx, runs: Sequence[int]) -> None:
+    """The products of runs that coverage rests on count, and no others of their units.
+
+    Changes something where input, version or config went back to what they were: collection saw another order.
+    """
+    if runs:
+        tx.run(
+            """
+            UPDATE data_product d SET superseded_by = CASE WHEN o.id <> n.id THEN n.id END
+            FROM run n JOIN run o ON (o.step_id, o.unit_id) = (n.step_id, n.unit_id)
+            WHERE n.id = ANY(:ids) AND d.run_id = o.id AND CASE WHEN o.id <> n.id THEN d.superseded_by IS NULL
+                ELSE d.superseded_by <> n.id AND d.attempt = n.attempt END
+            """,
+            ids=list(runs),
+        )
 
 
 class _Situation(Struct, frozen=True):
@@ -437,13 +456,15 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
 
 
 def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
-    """The latest ended run with the wanted digest; a completed one before all others."""
+    """The latest ended run with the wanted digest; a completed one before all others, unless its files were purged."""
     rows = tx.all(
         """
         SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message
         FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
         JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
-        WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn
+        WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn AND NOT (r.state = 'COMPLETED' AND EXISTS (
+            SELECT 1 FROM task t WHERE t.run_id = r.id AND t.attempt = r.attempt AND t.kind = 'purge'
+                AND t.state <> 'closed'))
         ORDER BY r.step_id, r.unit_id, r.state = 'COMPLETED' DESC, r.id DESC
         """,
         steps=[p[0] for p in wanted],

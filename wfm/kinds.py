@@ -162,15 +162,17 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
 
 
 def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
-    """Fix which upstream results runs read: those that coverage rests on now."""
+    """Fix which upstream results runs read: those that coverage rests on now, of the attempt that made them."""
     tx.run("DELETE FROM run_input WHERE run_id = ANY(:ids)", ids=list(run_ids))
     tx.run(
         f"""
-        INSERT INTO run_input (run_id, upstream_run_id)
-        SELECT r.id, c.run_id FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN unit u ON u.id = r.unit_id
+        INSERT INTO run_input (run_id, upstream_run_id, upstream_attempt)
+        SELECT r.id, c.run_id, cr.attempt
+        FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN unit u ON u.id = r.unit_id
         JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
         CROSS JOIN LATERAL ({UNITS_INSIDE}) l
         JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'covered'
+        JOIN run cr ON cr.id = c.run_id
         WHERE r.id = ANY(:ids)
         """,
         ids=list(run_ids),
@@ -220,9 +222,11 @@ def input_products(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputProduc
     rows = tx.all(
         """
         SELECT i.run_id, ur.id AS upstream_id, s.name AS step, u.key AS unit, dp.type, dp.path, dp.size, dp.checksum,
-            ur.job ->> 'directory' AS directory
+            pc.path AS place
         FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id JOIN reduction_step s ON s.id = ur.step_id
-        JOIN unit u ON u.id = ur.unit_id JOIN data_product dp ON dp.run_id = ur.id AND dp.type = 'INTERMEDIATE'
+        JOIN unit u ON u.id = ur.unit_id JOIN data_product dp ON dp.run_id = ur.id
+            AND dp.attempt = i.upstream_attempt AND dp.type = 'INTERMEDIATE'
+        JOIN physical_copy pc ON pc.product_id = dp.id AND pc.location_id = ur.location_id
         WHERE i.run_id = ANY(:ids) ORDER BY i.run_id, s.position, u.key, dp.path
         """,
         ids=list(run_ids),
@@ -236,7 +240,7 @@ def input_products(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputProduc
                 unit=r.unit,
                 type=r.type,
                 name=r.path.removeprefix(f"workspace/{r.step}/"),
-                path=os.path.join(r.directory, r.path),
+                path=r.place,
                 size=r.size,
                 checksum=r.checksum,
             )
@@ -433,15 +437,17 @@ def _register(tx: Tx, found: Sequence[tuple[RunRow, Collected]]) -> None:
         """,
         rows=encode(rows),
     )
-    # What counts is the generation of the inputs, not who finished last: ids of one unit's runs grow with it.
+    # What counts is the generation of the inputs, not who finished last: ids of one unit's runs grow with it, and
+    # within a run the number of the attempt.
     tx.run(
         """
         WITH older AS MATERIALIZED (
-            SELECT o.id, max(n.id) AS newer FROM run n
-            JOIN run o ON (o.step_id, o.unit_id) = (n.step_id, n.unit_id) AND o.id < n.id
-            WHERE n.id = ANY(:ids) GROUP BY o.id)
-        UPDATE data_product d SET superseded_by = older.newer
-        FROM older WHERE d.run_id = older.id AND d.superseded_by IS NULL
+            SELECT o.id, n.id AS newer, n.attempt FROM run n
+            JOIN run o ON (o.step_id, o.unit_id) = (n.step_id, n.unit_id) AND o.id <= n.id
+            WHERE n.id = ANY(:ids))
+        UPDATE data_product d SET superseded_by = older.newer FROM older
+        WHERE d.run_id = older.id AND (older.id < older.newer OR d.attempt < older.attempt)
+            AND d.superseded_by IS NULL
         """,
         ids=[run.id for run, _ in found],
     )
@@ -509,9 +515,14 @@ class Purge(_Base):
 
     def succeeded(self, tx: Tx, runs: Mapping[int, RunRow], outcomes: Sequence[Outcome]) -> Sequence[Move]:
         tx.run(
-            "UPDATE physical_copy c SET status = 'deleted' FROM data_product d"
-            " WHERE d.id = c.product_id AND d.run_id = ANY(:ids)",
-            ids=[o.task.run_id for o in outcomes],
+            """
+            UPDATE physical_copy c SET status = 'deleted' FROM data_product d
+            JOIN unnest(CAST(:runs AS bigint[]), CAST(:attempts AS int[])) AS p(run, attempt)
+                ON d.run_id = p.run AND d.attempt <= p.attempt
+            WHERE d.id = c.product_id
+            """,
+            runs=[o.task.run_id for o in outcomes],
+            attempts=[o.task.attempt for o in outcomes],
         )
         return []
 
@@ -521,17 +532,19 @@ class Purge(_Base):
 
 def open_purges(tx: Tx, location_id: int, limit: int = 200) -> None:
     """Make purge tasks for ended runs past their step's retention whose results were superseded, or that have none."""
-    runs = tx.find_runs(
+    found = tx.find_runs(
         """
         r.location_id = :loc AND r.finished_at < now() - s.retention_days * interval '1 day' AND r.job IS NOT NULL
         AND NOT EXISTS (SELECT 1 FROM data_product d WHERE d.run_id = r.id AND d.superseded_by IS NULL)
-        AND NOT EXISTS (SELECT 1 FROM task t WHERE t.run_id = r.id AND t.kind = 'purge')
+        AND NOT EXISTS (SELECT 1 FROM task t WHERE t.run_id = r.id AND t.kind = 'purge' AND t.attempt = r.attempt)
         AND NOT EXISTS (SELECT 1 FROM run_input i JOIN run d ON d.id = i.run_id
             WHERE i.upstream_run_id = r.id AND d.finished_at IS NULL)
         """,
         limit=limit,
         loc=location_id,
     )
+    # Locked, and looked at once more: somebody may have begun another attempt on what this one left.
+    runs = {i: r for i, r in tx.lock_runs(list(found), coverage=False).items() if r.version == found[i].version}
     tx.open_tasks(dict.fromkeys(runs, TaskKind.PURGE), runs)
 
 

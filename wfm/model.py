@@ -18,7 +18,7 @@ class Role(StrEnum):
 
 
 class RunState(StrEnum):
-    """The states of a run. Their meaning, owner and moves are in ``statecharts/run.yaml``; a test proves both equal."""
+    """The states of a run. Their meaning, owner and moves are in ``statecharts/run*.yaml``; a test proves all equal."""
 
     PENDING = "PENDING"
     STAGING_DATA = "STAGING_DATA"

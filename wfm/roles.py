@@ -196,7 +196,7 @@ class TriggerManager(_Quiet):
         pairs |= gaps.fold(tx, self.location, self._arrivals(tx, named))
         changed = {e.pipeline_id for e in events if isinstance(e, PipelineChanged)}
         if changed:
-            pairs |= self._everything(tx, changed)
+            pairs |= every_pair(tx, self.location, changed)
         ended = [e.run for e in events if isinstance(e, RunEvent)]
         if ended:
             own = {
@@ -231,32 +231,6 @@ class TriggerManager(_Quiet):
         )
         return {r.package for r in rows} | {r.id for r in found}
 
-    def _everything(self, tx: Tx, pipelines: Iterable[int] | None) -> set[gaps.Pair]:
-        """All pairs of these pipelines (of all, for None), with every package of the catalogue folded."""
-        some = None if pipelines is None else sorted(pipelines)
-        last = 0
-        while True:
-            ids = [
-                r.id
-                for r in tx.all("SELECT id FROM raw_data_package WHERE id > :last ORDER BY id LIMIT 5000", last=last)
-            ]
-            if not ids:
-                break
-            gaps.fold(tx, self.location, ids, some)
-            last = ids[-1]
-        rows = tx.all(
-            """
-            SELECT s.id AS step_id, u.id AS unit_id FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
-            JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
-            WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids))
-                AND (s.active OR EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id) = (s.id, u.id)))
-            """,
-            loc=self.location,
-            any=some is None,
-            ids=some or [],
-        )
-        return {(r.step_id, r.unit_id) for r in rows}
-
     def evaluate_due(self, tx: Tx) -> After:
         """Coverage whose time has come: a cooldown is over, a copy may be back."""
         rows = tx.all(
@@ -290,8 +264,34 @@ class TriggerManager(_Quiet):
         self._started = True
         if mine:
             gaps.fold(tx, self.location, self._arrivals(tx, ()))
-            gaps.evaluate(tx, self._everything(tx, None), self.actor)
+            gaps.evaluate(tx, every_pair(tx, self.location, None), self.actor)
         return None
+
+
+def every_pair(tx: Tx, location_id: int, pipelines: Iterable[int] | None) -> set[gaps.Pair]:
+    """All pairs of these pipelines (of all of the location, for None), with every package of the catalogue folded."""
+    some = None if pipelines is None else sorted(pipelines)
+    last = 0
+    while True:
+        ids = [
+            r.id for r in tx.all("SELECT id FROM raw_data_package WHERE id > :last ORDER BY id LIMIT 5000", last=last)
+        ]
+        if not ids:
+            break
+        gaps.fold(tx, location_id, ids, some)
+        last = ids[-1]
+    rows = tx.all(
+        """
+        SELECT s.id AS step_id, u.id AS unit_id FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
+        JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids))
+            AND (s.active OR EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id) = (s.id, u.id)))
+        """,
+        loc=location_id,
+        any=some is None,
+        ids=some or [],
+    )
+    return {(r.step_id, r.unit_id) for r in rows}
 
 
 # --- workflow-manager ---

@@ -455,6 +455,7 @@ run_input = Table(
     metadata,
     Column("run_id", BigInteger, ForeignKey("run.id"), primary_key=True),
     Column("upstream_run_id", BigInteger, ForeignKey("run.id"), primary_key=True, index=True),
+    Column("upstream_attempt", Integer, nullable=False, server_default=text("1")),  # whose products it read
 )
 
 transition = Table(
@@ -532,11 +533,10 @@ data_product = Table(
     Column("size", BigInteger, nullable=False),
     _text("checksum", None),
     _json("metrics"),
-    Column("superseded_by", BigInteger, ForeignKey("run.id")),
+    Column("superseded_by", BigInteger, ForeignKey("run.id")),  # its own run: by a later attempt of it
     _time("created_at", now=True),
     _one_of("type", ProductType),
-    UniqueConstraint("run_id", "path"),
-    CheckConstraint("superseded_by <> run_id", name="not_by_itself"),
+    UniqueConstraint("run_id", "attempt", "path"),
     # Only of those that are: nearly all are not, and looking these up by it would read the whole table.
     Index("ix_data_product_superseded_by", "superseded_by", postgresql_where=text("superseded_by IS NOT NULL")),
 )
@@ -552,7 +552,9 @@ dead_letter = Table(
     _text("reason", None),
     Column("event_id", BigInteger),
     _text("state", "open"),
-    _text("actor"),
+    _text("actor"),  # who resent or dropped it, why, and when
+    _text("actor_reason"),
+    _time("settled_at"),
     _time("created_at", now=True),
     _one_of("state", ("open", "resent", "dropped")),
     UniqueConstraint("stream", "entry_id"),

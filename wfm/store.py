@@ -99,7 +99,8 @@ class Move(Struct, frozen=True):
 
     Attributes:
         run: as locked. trigger: of the chart. actor: who and why. facts: for the chart's guards.
-        sets: new values of other columns of the run. due_in: seconds until it is due in its new state.
+        sets: new values of other columns of the run; with `chart_version`, the move is already one of that chart.
+        due_in: seconds until it is due in its new state.
     """
 
     run: RunRow
@@ -149,6 +150,7 @@ FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r
 
 # The columns a move may set, with their SQL types: written back whole, since the row is locked and loaded.
 _RUN_SETS = {
+    "chart_version": "int",
     "attempt": "int",
     "failures": "int",
     "waiting_for": "text",
@@ -186,7 +188,7 @@ class Tx:
         self.outbox: list[Message] = []
 
     def chart_of(self, run: RunRow) -> Chart:
-        """The chart that a run began with; used versions stay loadable."""
+        """The chart that a run's present attempt began with; used versions stay loadable."""
         return self.charts[run.chart_version]
 
     def all(self, sql: str, **params: Any) -> Sequence[Any]:
@@ -235,7 +237,8 @@ class Tx:
         for m in moves:
             before = m.run
             try:
-                dest = RunState(self.chart_of(before).advance(before.state, m.trigger, m.facts))
+                chart = self.charts[m.sets.get("chart_version", before.chart_version)]
+                dest = RunState(chart.advance(before.state, m.trigger, m.facts))
             except RefusedError as e:
                 refused[before.id] = e
                 continue
@@ -253,8 +256,7 @@ class Tx:
                     "expected": before.version,
                     "state": dest,
                     "due_in": m.due_in,
-                    "chart": before.chart_version,
-                    "look_in": self.chart_of(before).states[dest].look_again_after,
+                    "look_in": chart.states[dest].look_again_after,
                     "trigger": m.trigger,
                     "source": before.state,
                     "actor": m.actor.name,
@@ -292,16 +294,17 @@ class Tx:
             raise RefusedError(f"{len(rows) - written} of {len(rows)} runs moved under a lock that should hold them")
         self._write_history(text_rows)
         self._write_tasks(moved)
-        self._write_coverage([r for r in moved.values() if r.state in FINAL_STATES or r.state == RunState.PENDING])
+        turns = {r["id"] for r in rows if FINAL_STATES & {r["source"], r["state"]} or r["state"] == RunState.PENDING}
+        self._write_coverage([r for i, r in moved.items() if i in turns])
         self.emit_entries(moved.values(), {r["id"]: Actor(r["actor"], r["reason"]) for r in rows})
 
     def _write_history(self, rows: str) -> None:
         self.run(
             """
             INSERT INTO transition (run_id, version, attempt, trigger, source, dest, chart_version, actor, reason)
-            SELECT id, expected + 1, attempt, trigger, source, state, chart, actor, reason
+            SELECT id, expected + 1, attempt, trigger, source, state, chart_version, actor, reason
             FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS m(id bigint, expected int, attempt int, trigger text,
-                source text, state text, chart int, actor text, reason text)
+                source text, state text, chart_version int, actor text, reason text)
             """,
             rows=rows,
         )
@@ -343,7 +346,7 @@ class Tx:
         for r in runs:
             if r.state is RunState.COMPLETED:
                 state, why, reason = "covered", "covered", f"run {r.id}"
-            elif r.state is RunState.PENDING:
+            elif r.state not in FINAL_STATES:
                 state, why, reason = "active", "run", f"run {r.id}"
             elif r.state is RunState.FAILED:
                 state, why, reason = "blocked", "failed", f"run {r.id}: {r.message}"
@@ -453,7 +456,7 @@ class Tx:
         )
 
     def _write_events(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.outbox.extend(_message(row) for row in insert_events(self.conn, rows, self.republish_seconds))
+        self.outbox.extend(message(row) for row in insert_events(self.conn, rows, self.republish_seconds))
 
     def load_events(self, ids: Sequence[int]) -> None:
         """Put ledger rows that other statements wrote in this transaction into the outbox."""
@@ -463,7 +466,7 @@ class Tx:
                 " WHERE id = ANY(:ids) ORDER BY id",
                 ids=list(ids),
             )
-            self.outbox.extend(_message(row) for row in rows)
+            self.outbox.extend(message(row) for row in rows)
 
     def hint(self, event: Event, recipient: str) -> None:
         """Wake a role after the commit. There is no ledger row: a lost hint costs one sweep interval."""
@@ -501,7 +504,7 @@ class Tx:
             full=list(full),
             later=self.republish_seconds,
         )
-        self.outbox.extend(_message(row) for row in sorted(rows, key=lambda r: r.id))
+        self.outbox.extend(message(row) for row in sorted(rows, key=lambda r: r.id))
 
     def republish_all(self, location_id: int) -> int:
         """Redis was emptied: everything pending is due now."""
@@ -653,7 +656,8 @@ def _body(r: RunRow) -> dict[str, Any]:
     return {"run": r.id, "version": r.version, "attempt": r.attempt, **names}
 
 
-def _message(row: Any) -> Message:
+def message(row: Any) -> Message:
+    """A row of the ledger as it travels."""
     at: datetime = row.created_at
     body = {**row.body, "id": row.id, "at": at.isoformat(), "actor": row.actor, "reason": row.reason}
     event = msgspec.convert(body, TYPES[row.type])

@@ -555,7 +555,7 @@ def test_names_that_do_not_exist(cli: Cli) -> None:
         assert "unknown run 999; " in cli("events", command, "--run", 999, code=3).stderr
         assert "did you mean 'demo'" in cli("events", command, "--pipeline", "demoo", code=3).stderr
         assert "unknown unit 'nosuch'" in cli("events", command, "--unit", "nosuch", code=3).stderr
-        assert "did you mean 'run.failed'" in cli("events", command, "--type", "run.faild", code=2).stderr
+        assert "did you mean 'run.failed'" in cli("events", command, "--type", "run.faild", code=3).stderr
     cli("lineage", "nosuch", code=3)
     cli("trigger", "nosuch", code=3)
     cli("apply", "-f", "nosuch.yaml", code=3)
@@ -739,6 +739,32 @@ def test_events_are_listed_followed_and_verified(processed: Cli) -> None:
     processed("events", "list", "--after", "nonsense", code=2)
 
 
+def test_events_are_selected_by_type_and_time_and_paged(processed: Cli) -> None:
+    kinds = ("--type", "run.collected", "--type", "gap.detected")
+    everything = processed.json("events", "list", *kinds, "--limit", 10_000)["events"]
+    assert {e["type"] for e in everything} == {"run.collected", "gap.detected"}
+    read, cursor = [], "0-0"
+    while page := processed.json("events", "list", *kinds, "--after", cursor, "--limit", 3):
+        read += [e["id"] for e in page["events"]]
+        cursor = page["cursor"]
+        if not page["events"]:
+            break
+    assert read == [e["id"] for e in everything]
+    assert processed.json("events", "list", *kinds, "--since", "1d", "--limit", 10_000)["events"] == everything
+    assert processed.json("events", "list", "--until", "1d")["events"] == []
+    with processed.start("events", "tail", "--since", "1d", "--type", "gap.detected", "--json") as tail:
+        assert tail.stdout is not None
+        first = next(e for e in everything if e["type"] == "gap.detected")
+        assert json.loads(tail.stdout.readline())["id"] == first["id"]
+        tail.send_signal(signal.SIGINT)
+    said = processed.process("events", "tail", *kinds, "--after", "0-0", "--until", "0s", "--json")
+    assert [json.loads(line)["id"] for line in said.splitlines()] == read, "it ends by itself"
+    assert "nor how long ago" in processed("events", "list", "--since", "2 hours", code=2).stderr
+    said = processed("events", "list", "--type", "run.faild", "--pipeline", "dem", code=3).stderr
+    assert "'dem', did you mean 'demo'" in said
+    assert "'run.faild', did you mean 'run.failed'" in said
+
+
 def without_redis(cli: Cli, tmp_path: Path) -> dict[str, Any]:
     """Settings with the same database, and a Redis that is away."""
     database_url = Embedded(Path(cli.environ["WFM_HOME"])).database_url
@@ -756,10 +782,33 @@ def test_what_redis_was_not_told_is_in_the_ledger(processed: Cli, tmp_path: Path
         tail.send_signal(signal.SIGINT)
     assert (event["type"], event["reason"]) == ("pipeline.changed", "Redis is away")
     assert event["actor"].startswith("user:")
-    processed("events", "replay", "--all")
+    processed("events", "replay", "--pending")
     wait_until(lambda: processed.json("events", "show", event["id"])["done_at"])
     processed("events", "replay", event["id"], code=3)
     processed("resume", "slow")
+
+
+def test_an_ended_run_is_driven_again(processed: Cli) -> None:
+    run = next(r["id"] for r in processed.json("runs", "list", "--pipeline", "demo") if r["step"] == "combine")
+    for begin, state in (("COLLECTING_RESULTS", "COLLECTING_RESULTS"), ("PENDING", "PENDING")):
+        said = processed.json("events", "replay", "--run", run, "--from", begin, "--reason", "a new disk")
+        assert said == {"moved": {str(run): state}, "refused": {}}
+        processed("runs", "watch", run)
+    shown = processed.json("runs", "show", run)
+    assert shown["accepted"]
+    assert shown["attempt"] == 3
+    assert {p["attempt"]: p["superseded_by"] for p in shown["products"]} == {1: run, 2: run, 3: None}
+    asked = [t for t in shown["history"] if t["trigger"] in ("recollect", "redrive")]
+    assert {t["reason"] for t in asked} == {"a new disk"}
+    assert asked[0]["actor"].startswith("user:")
+    assert processed.json("events", "verify")["faults"] == []
+    said = processed("events", "replay", "--run", run, 7, "--from", "PENDING", "--pending", code=2).stderr
+    assert "given: EVENT, --pending, --run" in said
+    said = processed("events", "replay", "--from", "PENDING", "--reason", "x", code=2).stderr
+    assert "given: none" in said
+    assert "--from goes only with --run" in said
+    assert "--reason goes only with --run" in said
+    processed("events", "replay", "--run", 999, code=3)
 
 
 def test_dead_letters(processed: Cli, tmp_path: Path) -> None:
@@ -769,12 +818,17 @@ def test_dead_letters(processed: Cli, tmp_path: Path) -> None:
     assert processed.json("events", "dead", "show", letter["id"])["text"] == "this is no JSON"
     processed("events", "dead", "resend", letter["id"], code=1, **without_redis(processed, tmp_path))
     assert processed.json("events", "dead", "list") == [letter]
-    assert processed.json("events", "dead", "resend", letter["id"]) == {"resent": 1}
+    assert processed.json("events", "dead", "resend", letter["id"], "--reason", "try again") == {"resent": 1}
     (second,) = wait_until(lambda: processed.json("events", "dead", "list"))
     assert second["id"] != letter["id"]
+    assert "Missing option '--reason'" in processed("events", "dead", "drop", second["id"], code=2).stderr
     assert "dropped 1 message" in processed("events", "dead", "drop", second["id"], "--reason", "a test").stdout
     assert processed.json("events", "dead", "list") == []
     assert processed.json("events", "replay", "--all").keys() == {"published"}
     assert len(processed.json("events", "dead", "list", "--state", "all")) == 2
-    processed("events", "dead", "drop", second["id"], code=3)
+    (shown,) = processed.json("events", "dead", "list", "--state", "dropped")
+    assert (shown["actor_reason"], bool(shown["settled_at"])) == ("a test", True)
+    said = processed("events", "dead", "drop", second["id"], letter["id"], "--reason", "x", code=1).stderr
+    assert f"dead letter {second['id']} was dropped by user:" in said
+    assert f"dead letter {letter['id']} was resent by user:" in said
     processed("events", "dead", "show", 999, code=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from alembic import command
 from sqlalchemy import text
 
 from wfm import migrations
@@ -45,3 +46,24 @@ def test_the_states_of_the_database_are_those_of_the_chart(database):
         ).scalar_one()
     engine.dispose()
     assert {s for s in RunState if f"'{s}'" in check} == set(RunState)
+
+
+def test_what_runs_read_is_known_by_attempt_after_the_second_migration(empty):
+    engine = connect(empty, "wfm")
+    with engine.begin() as conn:
+        conn.execute(text("CREATE SCHEMA wfm"))
+        command.upgrade(migrations._config("wfm", conn), "0001")
+        conn.execute(text("SET LOCAL session_replication_role = replica"))  # no foreign keys
+        conn.execute(
+            text(
+                "INSERT INTO run (id, location_id, pipeline_id, step_id, unit_id, generation, wanted, result,"
+                " software_version_id, cpu, memory_gb, state, chart_version, attempt, finished_at)"
+                " VALUES (5, 1, 1, 1, 1, 1, 'w', 1, 1, 1, 1, 'COMPLETED', 1, 3, now())"
+            )
+        )
+        conn.execute(text("INSERT INTO run_input (run_id, upstream_run_id) VALUES (6, 5)"))
+    migrations.upgrade(engine, "wfm")
+    with engine.begin() as conn:
+        assert conn.execute(text("SELECT upstream_attempt FROM run_input")).scalar_one() == 3
+    assert migrations.differences(engine, "wfm") == []
+    engine.dispose()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from wfm.model import CoverageState, ProductType, RunState, TaskKind, Why
 from wfm.store import WITHDRAWN, connect
 from wfm.views import LineageKind, LineageNode
 
-CHART_FILE = Path(__file__).parents[2] / "statecharts" / "run.yaml"
+CHART_FILE = Path(__file__).parents[2] / "statecharts" / "run-1.yaml"
 CHART = parse(CHART_FILE.read_text(), source="run.yaml", guards=GUARDS, events=RUN_EVENTS)
 CHARTS = {CHART.version: CHART}
 
@@ -202,6 +203,7 @@ class Observatory:
                 "unit_id": self.units[unit],
                 "generation": unit_row.generation,
                 "wanted": "w",
+                "result": 1,
                 "software_version_id": self.version,
                 "config_revision_id": self.revision if step == "calibrate" else None,
                 "cpu": 2.0,
@@ -789,7 +791,7 @@ def test_the_newest_events(conn: Connection, night: Night) -> None:
 
 
 def test_a_cursor_goes_on_although_the_filter_let_nothing_through(conn: Connection, night: Night) -> None:
-    page = views.events(conn, type="slot.freed")
+    page = views.events(conn, types=["slot.freed"])
     assert page.events == []
     assert views.events(conn, after=page.cursor).events == []
 
@@ -801,18 +803,26 @@ def test_events_filters(conn: Connection, night: Night) -> None:
     assert types(run=night.running) == ["gap.detected", "job.built", "job.submitted", "job.running"]
     assert types(pipeline="quick") == ["gap.detected"]
     assert set(types(unit="scan-2")) == {"gap.detected", "job.built", "job.submitted", "job.running", "run.failed"}
-    assert types(type="run.failed") == ["run.failed"]
+    assert types(types=["run.failed"]) == ["run.failed"]
     assert types(location_id=night.archive) == []
     hour = timedelta(hours=1)
     now = datetime.now(UTC)
     assert types(since=now + hour) == types(until=now - hour) == []
     assert types(since=now - hour, until=now + hour) == types()
-    with pytest.raises(UsageError, match=r"unknown event type 'run\.faild', did you mean 'run\.failed'"):
-        views.events(conn, type="run.faild")
+    with pytest.raises(NotFoundError, match=r"unknown event type 'run\.faild', did you mean 'run\.failed'"):
+        views.events(conn, types=["run.faild"])
     with pytest.raises(NotFoundError, match="unknown run 999999"):
         views.events(conn, run=999_999)
     with pytest.raises(NotFoundError, match="did you mean 'maps'"):
         views.events(conn, pipeline="map")
+    assert set(types(types=["run.failed", "job.running"])) == {"job.running", "run.failed"}
+    with pytest.raises(NotFoundError) as caught:
+        views.events(conn, pipeline="map", types=["run.faild", "run.failed", "nothing"])
+    assert [re.split("[,;]", line)[0] for line in str(caught.value).splitlines()] == [
+        "unknown pipeline 'map'",
+        "unknown event type 'run.faild'",
+        "unknown event type 'nothing'",
+    ]
     with pytest.raises(NotFoundError, match="unknown unit 'scan'"):
         views.events(conn, unit="scan")
 
@@ -845,6 +855,36 @@ def test_a_cursor_never_skips_what_is_committed_late(engine: Engine, empty: Obse
         assert [e.id for e in views.events(empty.conn, after=page.cursor).events] == [early]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reader_that_pages_while_others_commit_in_any_order_misses_nothing(
+    engine: Engine, empty: Observatory, seed: int
+) -> None:
+    chance = random.Random(seed)
+    written: list[int] = []
+    read: list[int] = []
+    cursor = views.START
+    with ExitStack() as stack:
+        writers = [empty.on(stack.enter_context(engine.connect())) for _ in range(8)]
+        for _ in range(60):
+            writer = chance.choice(writers)
+            if chance.random() < 0.6:
+                written.append(writer.event("slot.freed", ""))
+            else:
+                writer.conn.commit()
+            page = views.events(empty.conn, after=cursor, limit=chance.choice((1, 2, 100)))
+            read += [e.id for e in page.events]
+            cursor = page.cursor
+        for writer in writers:
+            writer.conn.commit()
+    settle(empty.conn)
+    while page := views.events(empty.conn, after=cursor, limit=3):
+        read += [e.id for e in page.events]
+        cursor = page.cursor
+        if not page.events:
+            break
+    assert sorted(read) == sorted(written)
+
+
 def test_events_are_ordered_by_transaction_then_by_id(engine: Engine, empty: Observatory) -> None:
     with engine.connect() as first, engine.connect() as second:
         written = [empty.on(c).event("slot.freed", "") for c in (first, second, first, second)]
@@ -858,7 +898,7 @@ def test_events_are_ordered_by_transaction_then_by_id(engine: Engine, empty: Obs
 
 
 def test_event_detail(conn: Connection, night: Night) -> None:
-    (line,) = views.events(conn, type="run.failed").events
+    (line,) = views.events(conn, types=["run.failed"]).events
     letter = night.add(
         schema.dead_letter,
         location_id=night.cologne,
@@ -950,12 +990,15 @@ FAULTS = {
         ["version 1 leaves FAILED, but version 0 entered nothing"],
     ),
     "another state": (
-        "UPDATE run SET state = 'CANCELLED' WHERE id = {run}",
-        ["is CANCELLED, but its history ends in COMPLETED"],
+        "UPDATE run SET state = 'FAILED' WHERE id = {run}",
+        [
+            "is FAILED, but its history ends in COMPLETED",
+            "coverage of maps/calibrate scan-1 rests on run {run}, which is FAILED",
+        ],
     ),
     "another version": (
-        "UPDATE run SET version = 5 WHERE id = {run}",
-        ["is at version 5, but its history ends with version 6"],
+        "UPDATE run SET version = 7 WHERE id = {run}",
+        ["is at version 7, but its history ends with version 6"],
     ),
     "another attempt": (
         "UPDATE run SET attempt = 2 WHERE id = {run}",
@@ -976,7 +1019,8 @@ def test_a_planted_fault_is_found(conn: Connection, night: Night, name: str) -> 
     sql = sql.replace("run_id = 0", f"run_id = {run}").replace("{run}", str(run))
     assert conn.execute(text(sql)).rowcount == 1 or name == "no history"
     report = views.verify(conn, CHARTS)
-    assert report.faults == [f"run {run}: {fault}" for fault in faults]
+    faults = [fault.replace("{run}", str(run)) for fault in faults]
+    assert report.faults == [f if f.startswith("coverage") else f"run {run}: {f}" for f in faults]
     assert report.runs == 7
     assert views.verify(conn, CHARTS, [run]).faults == report.faults
     assert views.verify(conn, CHARTS, [night.first]).faults == []
@@ -1005,6 +1049,73 @@ def test_moves_are_judged_by_the_chart_of_their_time(conn: Connection, night: Ni
     assert views.verify(conn, charts).faults == []
 
 
+def only_event(conn: Connection, **filters: Any) -> views.EventLine:
+    (event,) = views.events(conn, **filters).events
+    return event
+
+
+def test_events_without_their_run_are_found(conn: Connection, night: Night) -> None:
+    event = only_event(conn, types=["run.failed"])
+    conn.execute(text("UPDATE event SET run_id = 4711 WHERE id = :id"), {"id": event.id})
+    assert views.verify(conn, CHARTS).faults == [f"event {event.id} run.failed: run 4711 does not exist"]
+    conn.execute(
+        text("UPDATE event SET run_id = :run, run_version = 9 WHERE id = :id"), {"run": night.failed, "id": event.id}
+    )
+    assert (
+        views.verify(conn, CHARTS, [night.failed])
+        .faults[0]
+        .endswith(f"is of version 9 of run {night.failed}, which is at version 5")
+    )
+    assert views.verify(conn, CHARTS, [night.first]).faults == []
+
+
+def test_events_that_are_left_pending_are_found(conn: Connection, night: Night) -> None:
+    early = next(e for e in views.events(conn, run=night.again).events if e.type == "job.built")
+    last = next(e for e in views.events(conn, run=night.again).events if e.type == "run.collected")
+    conn.execute(text("UPDATE event SET done_at = NULL WHERE id = ANY(:ids)"), {"ids": [early.id, last.id]})
+    assert views.verify(conn, CHARTS).faults == [], "they may be on their way"
+    conn.execute(
+        text("UPDATE event SET created_at = '2026-01-02T03:04:05Z' WHERE id = ANY(:ids)"), {"ids": [early.id, last.id]}
+    )
+    assert views.verify(conn, CHARTS).faults == [], "the run has just ended"
+    conn.execute(text("UPDATE run SET finished_at = now() - interval '1 h' WHERE id = :run"), {"run": night.again})
+    assert views.verify(conn, CHARTS).faults == [
+        f"event {early.id} job.built: is pending for worker since 2026-01-02T03:04:05Z, but run {night.again} went on"
+        " and is COMPLETED"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sql", "fault"),
+    [
+        ("UPDATE coverage SET run_id = {other} WHERE run_id = {run}", "rests on run {other}, which is of another step"),
+        ("UPDATE coverage SET wanted = 'v' WHERE run_id = {run}", "which has digest w, but v is wanted"),
+        ("UPDATE coverage SET result = 9 WHERE run_id = {run}", "which has another result"),
+    ],
+)
+def test_coverage_that_rests_on_nothing_is_found(conn: Connection, night: Night, sql: str, fault: str) -> None:
+    other = next(r.id for r in views.runs(conn, location_id=night.cologne, states=[RunState.COMPLETED], step="map"))
+    names = {"run": night.again, "other": other}
+    conn.execute(text(sql.format(**names)))
+    (said,) = views.verify(conn, CHARTS).faults
+    assert said.startswith("coverage of maps/calibrate scan-1 rests on run")
+    assert fault.format(**names) in said
+
+
+def test_events_that_no_reader_would_see_are_found_and_mended_as_the_page_says(conn: Connection, night: Night) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "replay-and-repair.md").read_text()
+    statement = re.search(r"UPDATE wfm\.event[^;`]*", page)
+    assert statement
+    everything, _ = all_pages(conn, 1000)
+    conn.execute(text("UPDATE event SET txid = (18446744073709551615 - id)::text::xid8"))
+    assert views.events(conn).events == []
+    (fault,) = views.verify(conn, CHARTS).faults
+    assert fault.startswith(f"event {min(everything)} and {len(everything) - 1} more: their transactions have numbers")
+    conn.execute(text(statement[0]))
+    assert views.verify(conn, CHARTS).faults == []
+    assert all_pages(conn, 3)[0] == sorted(everything)
+
+
 def test_verify_names_runs_that_do_not_exist(conn: Connection, night: Night) -> None:
     with pytest.raises(NotFoundError, match="unknown run 4711"):
         views.verify(conn, CHARTS, [night.first, 4711])
@@ -1014,7 +1125,7 @@ def test_verify_names_runs_that_do_not_exist(conn: Connection, night: Night) -> 
 def test_verify_holds_one_batch_in_memory(conn: Connection, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     with statements(conn) as cursors:
         views.verify(conn, CHARTS, batch=7)
-    assert [c.name is not None for c in cursors] == [True]
+    assert [c.name is not None for c in cursors] == [True] * 5
     monkeypatch.setattr("wfm.views.verification.MOST_FAULTS", 2)
     conn.execute(text("DELETE FROM transition"))
     report = views.verify(conn, CHARTS)

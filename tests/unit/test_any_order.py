@@ -81,7 +81,7 @@ from wfm.store import (
     TaskEnd,
     TaskRow,
     Tx,
-    _message,
+    message,
     encode,
     result_hash,
 )
@@ -243,7 +243,7 @@ class ModelTx(Tx):
             self.db.ledger.append({"id": i, "created_at": datetime(2026, 1, 1, tzinfo=UTC), **row})
             self.db.done[i] = row["recipient"] == ""
             self.db.publish_at[i] = self.db.now[0] + self.republish_seconds
-            self.outbox.append(_message(SimpleNamespace(**self.db.ledger[-1])))
+            self.outbox.append(message(SimpleNamespace(**self.db.ledger[-1])))
 
     def mark_done(self, event_ids: Sequence[int]) -> set[int]:
         if "no done mark" in self.world.broken:
@@ -258,7 +258,7 @@ class ModelTx(Tx):
         for row in self.db.ledger:
             if not self.db.done[row["id"]] and self.db.publish_at[row["id"]] <= self.db.now[0]:
                 self.db.publish_at[row["id"]] = self.db.now[0] + self.republish_seconds
-                self.outbox.append(_message(SimpleNamespace(**row)))
+                self.outbox.append(message(SimpleNamespace(**row)))
 
     def republish_all(self, location_id: int) -> int:
         self.db.publish_at = dict.fromkeys(self.db.publish_at, self.db.now[0])

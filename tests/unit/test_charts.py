@@ -17,10 +17,13 @@ from msgspec import Struct
 from wfm.charts import Chart, Emit, Guard, StateSpec, TransitionSpec, parse
 from wfm.errors import ChartError, RefusedError
 from wfm.model import FINAL_STATES, Role, RunState
+from wfm.service import load_charts
 
 # --- the chart of a run -----------------------------------------------------------------------------------
 
-RUN_YAML = Path(__file__).parents[2] / "statecharts" / "run.yaml"
+CHARTS = Path(__file__).parents[2] / "statecharts"
+RUN_YAML = {1: CHARTS / "run-1.yaml", 2: CHARTS / "run.yaml"}
+NEWEST = max(RUN_YAML)
 RUN_EVENTS = [
     "data.arrived",
     "gap.detected",
@@ -47,15 +50,24 @@ RUN_GUARDS: dict[str, Guard] = {
 }
 
 
-@pytest.fixture(scope="module")
-def run_chart() -> Chart:
-    return parse(RUN_YAML.read_text(), source="run.yaml", guards=RUN_GUARDS, events=RUN_EVENTS)
+def read_run_chart(version: int) -> Chart:
+    return parse(RUN_YAML[version].read_text(), source="run.yaml", guards=RUN_GUARDS, events=RUN_EVENTS)
+
+
+@pytest.fixture(scope="module", params=RUN_YAML)
+def run_chart(request: pytest.FixtureRequest) -> Chart:
+    return read_run_chart(request.param)
+
+
+def test_every_version_stays_loadable() -> None:
+    assert sorted(CHARTS.iterdir()) == sorted(RUN_YAML.values())
+    assert {version: chart.version for version, chart in load_charts(CHARTS).items()} == {v: v for v in RUN_YAML}
 
 
 def test_the_run_has_the_states_of_the_model_in_their_order(run_chart: Chart) -> None:
     assert list(run_chart.states) == list(RunState)
     assert {name for name, spec in run_chart.states.items() if spec.final} == FINAL_STATES
-    assert (run_chart.name, run_chart.version, run_chart.initial) == ("run", 1, RunState.PENDING)
+    assert (run_chart.name, run_chart.initial) == ("run", RunState.PENDING)
 
 
 def test_a_state_of_the_run_says_what_it_means_who_acts_and_whom_it_tells(run_chart: Chart) -> None:
@@ -97,8 +109,8 @@ RUN_TRIGGERS = [
     "confirm_cancel",
     "retry",
 ]
-# One row per state. Columns are the triggers in the order above; `finish` stands twice, with and without an exit
-# record, and `fail` twice, with and without a retry left. A dot is a refusal.
+# Version 1, one row per state. Columns are the triggers in the order above; `finish` stands twice, with and without an
+# exit record, and `fail` twice, with and without a retry left. A dot is a refusal.
 RUN_MOVES = """
 #                  build submit start finish finish collect fail fail retry withdraw cancel confirm retry
 #                                       +rec   -rec        +left -left _due                 _cancel
@@ -112,6 +124,21 @@ CANCELLING         .     .      .     .      .      .       .    .    .     .   
 COMPLETED          .     .      .     .      .      .       .    .    .     .        .      .       .
 FAILED             .     .      .     .      .      .       .    .    .     .        .      .       PEND
 CANCELLED          .     .      .     .      .      .       .    .    .     .        .      .       PEND
+"""
+# What version 2 adds: `recollect` stands twice, with and without an exit record.
+RUN_MOVES_2 = """
+#                  redrive recollect recollect
+#                          +rec      -rec
+PENDING            .       .         .
+STAGING_DATA       .       .         .
+SUBMITTED          .       .         .
+RUNNING            .       .         .
+COLLECTING_RESULTS .       .         .
+RETRY_WAIT         .       .         .
+CANCELLING         .       .         .
+COMPLETED          PEND    COLL      .
+FAILED             PEND    COLL      .
+CANCELLED          PEND    COLL      .
 """
 SHORT = {
     "PEND": "PENDING",
@@ -128,18 +155,24 @@ SHORT = {
 }
 
 
-def run_cells() -> list[tuple[str, str, RunFacts, str | None]]:
+def run_cells(version: int) -> list[tuple[str, str, RunFacts, str | None]]:
+    if version == 1:
+        return table_cells(RUN_TRIGGERS, RUN_MOVES)
+    return table_cells(RUN_TRIGGERS, RUN_MOVES) + table_cells(["redrive", "recollect"], RUN_MOVES_2)
+
+
+def table_cells(triggers: list[str], table: str) -> list[tuple[str, str, RunFacts, str | None]]:
     columns: list[tuple[str, list[RunFacts]]] = []
     anything = [RunFacts(record, left) for record in (True, False) for left in (True, False)]
-    for trigger in RUN_TRIGGERS:
-        if trigger == "finish":
+    for trigger in triggers:
+        if trigger in ("finish", "recollect"):
             columns += [(trigger, [f for f in anything if f.exit_record is value]) for value in (True, False)]
         elif trigger == "fail":
             columns += [(trigger, [f for f in anything if f.retry_left is value]) for value in (True, False)]
         else:
             columns.append((trigger, anything))
     cells = []
-    for row in RUN_MOVES.splitlines():
+    for row in table.splitlines():
         if row and not row.startswith("#"):
             state, *answers = row.split()
             for (trigger, cases), answer in zip(columns, answers, strict=True):
@@ -148,7 +181,7 @@ def run_cells() -> list[tuple[str, str, RunFacts, str | None]]:
 
 
 def test_the_table_asks_for_every_state_and_trigger(run_chart: Chart) -> None:
-    asked = Counter((state, trigger) for state, trigger, _, _ in run_cells())
+    asked = Counter((state, trigger) for state, trigger, _, _ in run_cells(run_chart.version))
     triggers = {move.trigger for move in run_chart.transitions}
     assert set(asked) == {(state, trigger) for state in run_chart.states for trigger in triggers}
     assert set(asked.values()) == {4}, "each cell with every combination of facts"
@@ -163,7 +196,7 @@ def test_every_move_of_the_run(run_chart: Chart) -> None:
 
     wrong = [
         (state, trigger, facts, got, expected)
-        for state, trigger, facts, expected in run_cells()
+        for state, trigger, facts, expected in run_cells(run_chart.version)
         if (got := answer(state, trigger, facts)) != expected
     ]
     assert wrong == []
@@ -273,14 +306,15 @@ def test_a_refusal_says_where_what_and_what_is_possible(state: str, trigger: str
     assert str(refusal.value) == message
 
 
-def test_from_a_final_state_nothing_may_be_possible(run_chart: Chart) -> None:
+def test_from_a_final_state_nothing_may_be_possible() -> None:
+    run_chart = read_run_chart(1)
     with pytest.raises(RefusedError, match="possible: nothing"):
         run_chart.advance("COMPLETED", "retry")
 
 
 def test_triggers_of_a_state_in_file_order(run_chart: Chart) -> None:
     assert run_chart.triggers("RUNNING") == ("finish", "fail", "cancel")
-    assert run_chart.triggers("COMPLETED") == ()
+    assert run_chart.triggers("COMPLETED") == ((), ("redrive", "recollect"))[run_chart.version - 1]
     with pytest.raises(RefusedError, match="no state 'LOST'"):
         run_chart.triggers("LOST")
 
@@ -315,8 +349,8 @@ def test_a_guard_may_ask_the_chart_itself() -> None:
 
 def test_threads_share_a_chart_without_meeting() -> None:
     threads, rounds = 8, 300
-    chart = parse(RUN_YAML.read_text(), source="run.yaml", guards=RUN_GUARDS, events=RUN_EVENTS)
-    cells = run_cells()
+    chart = read_run_chart(NEWEST)
+    cells = run_cells(NEWEST)
     barrier = threading.Barrier(threads)
 
     def work(number: int) -> list[tuple[str, str, RunFacts, str | None]]:

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wfm import decide
-from wfm.decide import ActiveRun, Capacity, EndedRun, GapFacts, MoveFacts, PendingRun, SoftwareVersion, Upstream
+from wfm.decide import (
+    ActiveRun,
+    AgainFacts,
+    Capacity,
+    EndedRun,
+    GapFacts,
+    MoveFacts,
+    PendingRun,
+    SoftwareVersion,
+    Upstream,
+)
 from wfm.model import (
     REPEATABLE,
     CoverageState,
@@ -242,3 +252,26 @@ def test_retries_need_a_repeatable_failure_and_retries_left(failure, failures, l
 
 def test_backoff_doubles_up_to_a_limit():
     assert [decide.backoff(n, 10, 60) for n in range(1, 6)] == [10, 20, 40, 60, 60]
+
+
+FIT = {"part": True, "newest": True, "active": None, "exit_code": 0, "purged": False}
+
+
+@pytest.mark.parametrize(
+    ("facts", "computed", "collected"),
+    [
+        ({}, "", ""),
+        ({"part": False}, "no longer part", "no longer part"),
+        ({"active": 7}, "run 7 of the same unit", "run 7 of the same unit"),
+        ({"newest": False}, "no longer the newest", "no longer the newest"),
+        ({"exit_code": None}, "", "no exit record"),
+        ({"exit_code": 3}, "", "code 3"),
+        ({"purged": True}, "", "purged"),
+    ],
+)
+def test_when_an_ended_run_may_begin_another_attempt(facts, computed, collected):
+    f = AgainFacts(**{**FIT, **facts})
+    for begin, said in ((RunState.PENDING, computed), (RunState.COLLECTING_RESULTS, collected)):
+        reason = decide.not_again(f, begin)
+        assert said in reason
+        assert bool(said) == bool(reason)

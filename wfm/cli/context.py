@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ T = TypeVar("T")
 reason = click.option(
     "--reason", default="", show_default=False, metavar="TEXT", help="Why; stands in the history beside your name."
 )
+required_reason = click.option(
+    "--reason", required=True, metavar="TEXT", help="Why; stands beside your name for those who look later."
+)
 Key = click.IntRange(1, 2**63 - 1)
 """The id of a row."""
 
@@ -43,18 +47,27 @@ class Group(click.Group):
         return list(self.commands)
 
 
+_AGO = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)(s|min|h|d|w)", re.ASCII)
+_AGO_WORDS = {"s": "seconds", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
 class Time(click.ParamType[Any]):
-    """An ISO 8601 time; UTC where it has no offset."""
+    """An ISO 8601 time, UTC where it has no offset; or so long ago, such as ``2h``."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        from datetime import UTC, datetime, timedelta
+
         from wfm.grouping import parse_time
 
         try:
+            if isinstance(value, str) and (ago := _AGO.fullmatch(value)):
+                return datetime.now(UTC) - timedelta(**{_AGO_WORDS[ago[2]]: float(ago[1])})
             return parse_time(value) if isinstance(value, str) else value
-        except ValueError:
-            self.fail(f"{value!r} is not an ISO 8601 time such as 2026-03-01T04:30:00Z", param, ctx)
+        except (ValueError, OverflowError):
+            known = "an ISO 8601 time such as 2026-03-01T04:30:00Z, nor how long ago, such as 90s, 15min, 2h, 3d or 1w"
+            self.fail(f"{value!r} is neither {known}", param, ctx)
 
 
 class There(click.Path):

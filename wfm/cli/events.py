@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
-from datetime import datetime
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
+from msgspec import Struct
 
 from wfm.cli import context, output
-from wfm.errors import NotFoundError, UsageError
+from wfm.cli.definitions import read_documents
+from wfm.cli.runs import tell
+from wfm.errors import NotFoundError, UnavailableError, UsageError
+from wfm.model import RunState
 
 if TYPE_CHECKING:
     from wfm.views import EventLine
 
 LOOK_SECONDS = 0.3
 """s between two looks at the ledger."""
+
+PAGE = 1000
+"""Events that are read at once."""
+
+BEGINNINGS = (RunState.PENDING, RunState.COLLECTING_RESULTS)
+"""States in which another attempt can begin."""
 
 DeadState = Literal["open", "resent", "dropped", "all"]
 
@@ -28,9 +41,11 @@ def events() -> None:
 
 _about = (
     click.option("--run", type=context.Key, metavar="ID", help="Events of a run."),
-    click.option("--pipeline", metavar="P"),
-    click.option("--unit", metavar="U"),
-    click.option("--type", "type_", metavar="T", help="Events of a type, such as run.failed."),
+    click.option("--pipeline", metavar="P", help="Events of a pipeline."),
+    click.option("--unit", metavar="U", help="Events of a unit, by its whole key."),
+    click.option("--type", "types", multiple=True, metavar="T", help="Of this type, such as run.failed; repeatable."),
+    click.option("--since", type=context.Time(), help="From then on: an ISO 8601 time, or how long ago, such as 2h."),
+    click.option("--until", type=context.Time(), help="Before then."),
     click.option("--after", metavar="CURSOR", help="Only what comes after; never skips what was committed late."),
 )
 
@@ -43,25 +58,26 @@ def _selection(command: Any) -> Any:
 
 @events.command("list")
 @_selection
-@click.option("--since", type=context.Time())
-@click.option("--until", type=context.Time())
 @click.option("--limit", type=click.IntRange(1), default=100, help="How many at most.")
 @output.as_json
 def list_(
     run: int | None,
     pipeline: str | None,
     unit: str | None,
-    type_: str | None,
-    after: str | None,
+    types: tuple[str, ...],
     since: datetime | None,
     until: datetime | None,
+    after: str | None,
     limit: int,
     as_json: bool,
 ) -> None:
     """List events, the oldest first: the newest ones, or those after a cursor.
 
+    To catch up, begin with --after 0-0 and go on with the cursor of each page until one is empty: nothing comes twice,
+    and nothing is missing, however late its transaction is committed.
+
     \b
-    Example:  wfm events list --type run.failed --since 2026-03-01
+    Example:  wfm events list --type run.failed --type run.cancelled --since 2h
               wfm events list --after 1234-56 --json
     """
     from wfm import views
@@ -73,7 +89,7 @@ def list_(
             run=run,
             pipeline=pipeline,
             unit=context.full_key(tx, pipeline, unit) if pipeline else unit,
-            type=type_,
+            types=types,
             since=since,
             until=until,
             after=after,
@@ -150,9 +166,16 @@ def show(event_id: int, as_json: bool) -> None:
 @_selection
 @output.as_json
 def tail(
-    run: int | None, pipeline: str | None, unit: str | None, type_: str | None, after: str | None, as_json: bool
+    run: int | None,
+    pipeline: str | None,
+    unit: str | None,
+    types: tuple[str, ...],
+    since: datetime | None,
+    until: datetime | None,
+    after: str | None,
+    as_json: bool,
 ) -> None:
-    """Follow the log, from now or from a cursor, until interrupted.
+    """Follow the log, from now, from a time or from a cursor, until interrupted or to the end of a time.
 
     Reads the ledger in Postgres, so it misses nothing and works without Redis.
 
@@ -161,17 +184,21 @@ def tail(
     """
     from wfm import views
 
-    about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "type": type_}
+    about: dict[str, Any] = {"run": run, "pipeline": pipeline, "unit": unit, "types": types}
+    times: dict[str, Any] = {"since": since, "until": until}
+    end = ""
     with context.deployment() as d:
         if pipeline:
             with d.read() as tx:
                 about["unit"] = context.full_key(tx, pipeline, unit)
+        if after is None and since is not None:
+            after = views.START
         if after is None:
             with d.read() as tx:
                 after = views.events(tx.conn, location_id=d.location, newest=True, limit=1, **about).cursor
         while True:
             with d.read() as tx:
-                page = views.events(tx.conn, location_id=d.location, after=after, limit=1000, **about)
+                page = views.events(tx.conn, location_id=d.location, after=after, limit=PAGE, **about, **times)
             for e in page.events:
                 if as_json:
                     output.line(e)
@@ -181,29 +208,211 @@ def tail(
                     click.echo("  ".join(words))
             sys.stdout.flush()
             after = page.cursor
-            if not page.events:
-                time.sleep(LOOK_SECONDS)
+            if page.events:
+                continue
+            if end and not views.is_before(after, end):
+                return
+            if until and not end and datetime.now(UTC) >= until:
+                with d.read() as tx:
+                    now, cursor = views.log_end(tx.conn)
+                end = cursor if now >= until else ""
+            time.sleep(LOOK_SECONDS)
+
+
+# --- replay ---
 
 
 @events.command()
-@click.argument("ids", metavar="[ID]...", type=context.Key, nargs=-1)
-@click.option("--all", "every", is_flag=True, help="All that are pending.")
+@click.argument("ids", metavar="[EVENT]...", type=context.Key, nargs=-1)
+@click.option("--pending", "--all", "pending", is_flag=True, help="Publish all pending events again.")
+@click.option("--run", "runs", type=context.Key, multiple=True, metavar="ID", help="Drive a run again; repeatable.")
+@click.option("--from", "begin", type=click.Choice(BEGINNINGS), help="With --run: where it begins.  [default: PENDING]")
+@click.option("--into", metavar="STREAM", help="Copy events of the log into a stream of your own.")
+@click.option("--config", "files", multiple=True, metavar="FILE", help="Show what changed definitions would do.")
+@click.option("--dry-run", is_flag=True, help="With --config, which never does more.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1, 3600),
+    metavar="S",
+    help="With --config: give up after S seconds.  [default: 60]",
+)
+@click.option("--since", type=context.Time(), help="With --into or --config: events from then on.")
+@click.option("--until", type=context.Time(), help="With --into or --config: events before then.")
+@click.option("--type", "types", multiple=True, metavar="T", help="With --into: of this type; repeatable.")
+@context.reason
 @output.as_json
-def replay(ids: tuple[int, ...], every: bool, as_json: bool) -> None:
-    """Publish pending events again, now. Those that are done already are left alone.
+def replay(
+    ids: tuple[int, ...],
+    pending: bool,
+    runs: tuple[int, ...],
+    begin: str | None,
+    into: str | None,
+    files: tuple[str, ...],
+    dry_run: bool,
+    timeout: float | None,
+    since: datetime | None,
+    until: datetime | None,
+    types: tuple[str, ...],
+    reason: str,
+    as_json: bool,
+) -> None:
+    """Do again what events stand for. One of:
 
     \b
-    Example:  wfm events replay --all
+    EVENT... or --pending   publish pending events again, now; those that are done are left alone
+    --run ID                have an ended run begin another attempt: all of it, or with --from COLLECTING_RESULTS only
+                            the collection of what its last job left. What its earlier attempts made is superseded
+                            when the new products are collected.
+    --into STREAM           copy events of the log, of a time or a type, into a stream of your own whose key begins with
+                            wfm: - field `event`, as in the public stream. Those that come twice have the same id.
+    --config FILE --dry-run show which runs changed definitions would add or take away, by the real gap engine: FILE is
+                            YAML as for `wfm apply`, or settings (.toml). With --since or --until only for the packages
+                            that arrived then. Changes nothing; roles may wait for what it holds until it is done.
+
+    \b
+    Example:  wfm events replay --pending
+              wfm events replay --run 42 --reason "the calibration disk was corrupt"
+              wfm events replay --run 42 --from COLLECTING_RESULTS --reason "the archive is mounted again"
+              wfm events replay --since 2d --type run.collected --into wfm:quicklook:replay
+              wfm events replay --config new.yaml --since 1d --dry-run
     """
     from wfm import acts
 
-    if bool(ids) == every:
-        raise UsageError("name events by ID, or all with --all")
+    ways = {"EVENT": ids, "--pending": pending, "--run": runs, "--into": into, "--config": files}
+    chosen = [way for way, given in ways.items() if given]
+    faults = [] if len(chosen) == 1 else [f"say one of {', '.join(ways)}; given: {', '.join(chosen) or 'none'}"]
+    belongs: dict[str, tuple[object, list[str]]] = {
+        "--from": (begin, ["--run"]),
+        "--reason": (reason, ["--run"]),
+        "--since": (since, ["--into", "--config"]),
+        "--until": (until, ["--into", "--config"]),
+        "--type": (types, ["--into"]),
+        "--dry-run": (dry_run, ["--config"]),
+        "--timeout": (timeout, ["--config"]),
+    }
+    faults += [
+        f"{option} goes only with {' or '.join(to)}"
+        for option, (value, to) in belongs.items()
+        if value and not set(to) & set(chosen)
+    ]
+    if files and not dry_run:
+        faults.append("--config changes nothing: say --dry-run too; `wfm apply` makes the change")
+    if faults:
+        raise UsageError("\n".join(faults))
+    if into:
+        _copy(into, since, until, types, as_json)
+        return
+    if files:
+        _what_if(files, since, until, timeout or 60.0, as_json)
+        return
     with context.deployment() as d:
-        n = d.write(lambda tx: acts.republish(tx, d.location, None if every else ids))
-    if ids and n < len(set(ids)):
-        raise NotFoundError(f"published {n} again; of these events, {len(set(ids)) - n} are done, or do not exist here")
+        if runs:
+            state = RunState(begin or RunState.PENDING)
+            tell(d.write(lambda tx: acts.redrive_runs(tx, runs, state, context.actor(reason))), as_json)
+        else:
+            n = d.write(lambda tx: acts.republish(tx, d.location, None if pending else ids))
+            _tell_published(n, len(set(ids)) - n if ids else 0, as_json)
+
+
+def _tell_published(n: int, left: int, as_json: bool) -> None:
     output.done(as_json, {"published": n}, f"published {output.plural(n, 'pending event')} again")
+    if left:
+        raise NotFoundError(f"{output.plural(left, 'event')} of these: done already, or not there at this location")
+
+
+class Copied(Struct, frozen=True):
+    """How many events went into a stream, and the cursor of the log behind them."""
+
+    stream: str
+    events: int
+    cursor: str
+
+
+def _copy(stream: str, since: datetime | None, until: datetime | None, types: Sequence[str], as_json: bool) -> None:
+    """Copy a part of the log as it is now, page by page; waits for transactions that began before, to miss nothing."""
+    from wfm import views
+    from wfm.bus import RedisError, check_foreign
+    from wfm.service import open_bus
+    from wfm.store import message
+
+    check_foreign(stream)
+    with context.deployment() as d, output.progress(f"copying events to {stream}") as advance:
+        with d.read() as tx:
+            now, end = views.log_end(tx.conn)
+        until = min(until, now) if until else now
+        bus = open_bus(d.settings)
+        n, cursor, waiting = 0, views.START, False
+        with closing(bus.client):
+            while True:
+                with d.read() as tx:
+                    page = views.events(
+                        tx.conn, location_id=d.location, types=types, since=since, until=until, after=cursor, limit=PAGE
+                    )
+                try:
+                    bus.append(stream, [message(e).body for e in page.events])
+                except RedisError as e:
+                    raise UnavailableError(
+                        f"at least {output.plural(n, 'event')} went into {stream}, then Redis failed: {e}; "
+                        "say the same again: what comes twice has the same id"
+                    ) from e
+                n += len(page.events)
+                cursor = page.cursor
+                advance(len(page.events))
+                if page.events:
+                    continue
+                if not views.is_before(cursor, end):
+                    break
+                if not waiting:
+                    output.warn("waits for transactions that are still open; what they write belongs to it")
+                    waiting = True
+                time.sleep(LOOK_SECONDS)
+    if as_json:
+        output.document(Copied(stream, n, cursor))
+    else:
+        click.echo(f"copied {output.plural(n, 'event')} to {stream}")
+
+
+def _what_if(
+    files: Sequence[str], since: datetime | None, until: datetime | None, seconds: float, as_json: bool
+) -> None:
+    from wfm import config, documents
+    from wfm.service import capacity
+    from wfm.whatif import what_if
+
+    tables = [Path(f) for f in files if f.endswith(".toml")]
+    others = [f for f in files if not f.endswith(".toml")]
+    if missing := [str(path) for path in tables if not path.is_file()]:
+        raise NotFoundError("\n".join(f"{path} does not exist" for path in missing))
+    read = read_documents(others) if others else documents.load([])
+    settings = config.load(files=tables)
+    with context.deployment() as d:
+        if settings.processing_location_id != d.location:
+            raise UsageError(f"{', '.join(map(str, tables))}: processing_location_id must stay {d.location}")
+        limits = capacity(d.settings), capacity(settings)
+        with output.progress("computing both futures"):
+            found = what_if(d.store, read, d.location, limits=limits, since=since, until=until, seconds=seconds)
+    if as_json:
+        output.document(found)
+        return
+    for c in found.changes:
+        click.echo(f"{c.kind} {c.name}: {c.action}")
+    arrived = output.plural(found.packages or 0, "package that arrived then", "packages that arrived then")
+    about = "the whole catalogue" if found.packages is None else arrived
+    click.echo(f"for {about}, supposing that every run succeeds:\n")
+    rows = [
+        (sign, r.wave, r.pipeline, r.step, r.unit, "; ".join(filter(None, (r.reason, r.never_fits))))
+        for sign, runs in (("+", found.added), ("-", found.gone))
+        for r in runs
+    ]
+    output.table(("", "WAVE", "PIPELINE", "STEP", "UNIT", "REASON"), rows, empty="the same runs as without the change")
+    if found.shifts:
+        click.echo("\nunits that would end otherwise:")
+        shifts = [(s.pipeline, s.step, s.before or "none", s.after or "none", s.units) for s in found.shifts]
+        output.table(("PIPELINE", "STEP", "WITHOUT", "WITH", "UNITS"), shifts, empty="")
+    click.echo(f"\n{output.plural(len(found.added), 'run')} more, {len(found.gone)} fewer; nothing was changed")
+
+
+# --- verify ---
 
 
 @events.command()
@@ -212,7 +421,8 @@ def replay(ids: tuple[int, ...], every: bool, as_json: bool) -> None:
 def verify(runs: tuple[int, ...], as_json: bool) -> None:
     """Check that the history of every run replays, through its statechart, to the state that is stored.
 
-    Ends with 1 if it does not.
+    And that events belong to runs that are there, none is left pending for a run that has long ended, and coverage
+    rests on completed runs. Ends with 1 if not.
 
     \b
     Example:  wfm events verify
@@ -234,6 +444,30 @@ def verify(runs: tuple[int, ...], as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
+# --- schema ---
+
+
+@events.command()
+@output.as_json
+def schema(as_json: bool) -> None:
+    """Print the schema of every event, as an AsyncAPI document in YAML. Needs no database.
+
+    \b
+    Example:  wfm events schema > events.yaml
+    """
+    import yaml
+
+    from wfm.asyncapi import document
+    from wfm.service import load_charts
+
+    charts = load_charts()
+    made = document(charts[max(charts)])
+    if as_json:
+        output.document(made)
+    else:
+        click.echo(yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=120), nl=False)
+
+
 # --- dead letters ---
 
 
@@ -243,7 +477,7 @@ def dead() -> None:
 
 
 @dead.command("list")
-@click.option("--state", type=click.Choice(get_args(DeadState)), default="open", help="Only those.")
+@click.option("--state", type=click.Choice(get_args(DeadState)), default="open", help="Letters in this state.")
 @output.as_json
 def dead_list(state: DeadState, as_json: bool) -> None:
     """List messages that were given up, the newest first.
@@ -254,7 +488,7 @@ def dead_list(state: DeadState, as_json: bool) -> None:
     from wfm import views
 
     with context.deployment() as d, d.read() as tx:
-        found = views.dead_letters(tx.conn, None if state == "all" else state)
+        found = views.dead_letters(tx.conn, None if state == "all" else state, location_id=d.location)
     if as_json:
         output.document(found)
         return
@@ -280,7 +514,8 @@ def dead_show(letter: int, as_json: bool) -> None:
         return
     output.facts(
         [
-            ("dead letter", f"{x.id}, {x.state}" + (f" by {x.actor}" if x.actor else "")),
+            ("dead letter", f"{x.id}, {x.state}"),
+            ("settled", f"at {output.when(x.settled_at)} by {x.actor}: {x.actor_reason}" if x.settled_at else ""),
             ("stream", f"{x.stream} entry {x.entry_id}"),
             ("event", x.event_id),
             ("at", output.when(x.created_at)),
@@ -298,25 +533,27 @@ _letters = click.argument("letters", metavar="ID...", type=context.Key, nargs=-1
 @context.reason
 @output.as_json
 def resend(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
-    """Put messages back on their streams, as they were.
+    """Put messages back on their streams, byte for byte, all or none.
+
+    The event of a letter is pending again, also if it is done: what is handled twice does no harm.
 
     \b
-    Example:  wfm events dead resend 3 4
+    Example:  wfm events dead resend 3 4 --reason "the bug is mended"
     """
     from wfm import acts
 
     with context.deployment() as d, d.store.begin() as tx:
-        n = acts.resend_dead(tx, letters, context.actor(reason))
+        n = acts.resend_dead(tx, d.location, letters, context.actor(reason))
         d.send(tx.outbox)  # before the commit: the ledger does not know them all
     output.done(as_json, {"resent": n}, f"sent {output.plural(n, 'message')} again")
 
 
 @dead.command()
 @_letters
-@context.reason
+@context.required_reason
 @output.as_json
 def drop(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
-    """Give messages up for good; their bytes stay in the list.
+    """Give messages up for good, all or none; their bytes stay in the list.
 
     \b
     Example:  wfm events dead drop 3 --reason "sent by a broken script"
@@ -324,5 +561,5 @@ def drop(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
     from wfm import acts
 
     with context.deployment() as d:
-        n = d.write(lambda tx: acts.drop_dead(tx, letters, context.actor(reason)))
+        n = d.write(lambda tx: acts.drop_dead(tx, d.location, letters, context.actor(reason)))
     output.done(as_json, {"dropped": n}, f"dropped {output.plural(n, 'message')}")

@@ -151,8 +151,8 @@ def _show(r: RunDetail) -> None:
     output.table(columns, history, empty="no history")
     if r.products:
         click.echo()
-        products = [(p.id, p.type, output.size(p.size), p.superseded_by, p.path) for p in r.products]
-        output.table(("PRODUCT", "TYPE", "SIZE", "SUPERSEDED BY", "PATH"), products, empty="")
+        products = [(p.id, p.attempt, p.type, output.size(p.size), p.superseded_by, p.path) for p in r.products]
+        output.table(("PRODUCT", "ATTEMPT", "TYPE", "SIZE", "SUPERSEDED BY", "PATH"), products, empty="")
     if r.tasks:
         click.echo()
         tasks = [(t.kind, t.attempt, t.state, t.tries, t.owner, _one_line(t.error)) for t in r.tasks]
@@ -192,7 +192,7 @@ def logs(run_id: int, follow: bool, attempt: int | None) -> None:
         while follow and attempt is None and run.job is None and run.state not in FINAL_STATES:
             time.sleep(LOOK_SECONDS)
             run = _run(d, run_id)
-        said = backend.logs(run.ref if attempt is None else _earlier(run, attempt, d.settings))
+        said = backend.logs(run.ref if attempt in (None, run.attempt) else _earlier(run, attempt, d.settings))
         if not os.path.isabs(said) or "\n" in said:  # its text, not its path
             click.echo(said, nl=False)
             return
@@ -375,7 +375,7 @@ def cancel(ids: tuple[int, ...], pipeline: str | None, reason: str, as_json: boo
         return acts.cancel_runs(tx, chosen, context.actor(reason))
 
     with context.deployment() as d:
-        _tell(d.write(work), as_json)
+        tell(d.write(work), as_json)
 
 
 @runs.command()
@@ -391,10 +391,10 @@ def retry(ids: tuple[int, ...], reason: str, as_json: bool) -> None:
     from wfm import acts
 
     with context.deployment() as d:
-        _tell(d.write(lambda tx: acts.retry_runs(tx, ids, context.actor(reason))), as_json)
+        tell(d.write(lambda tx: acts.retry_runs(tx, ids, context.actor(reason))), as_json)
 
 
-def _tell(done: Moved, as_json: bool) -> None:
+def tell(done: Moved, as_json: bool) -> None:
     """Which runs moved, and why the others did not; the command fails if there are such."""
     if as_json:
         refused = {i: str(e) for i, e in sorted(done.refused.items())}

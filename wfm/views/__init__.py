@@ -29,6 +29,8 @@ from wfm.views.ledger import (
     dead_letters,
     event_detail,
     events,
+    is_before,
+    log_end,
 )
 from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
 from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
@@ -80,7 +82,9 @@ __all__ = [
     "dead_letters",
     "event_detail",
     "events",
+    "is_before",
     "lineage",
+    "log_end",
     "mermaid",
     "packages",
     "run_detail",

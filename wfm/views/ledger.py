@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any, Literal
 
@@ -12,7 +13,18 @@ from sqlalchemy import Connection
 from wfm import grouping
 from wfm.errors import NotFoundError, UsageError
 from wfm.events import TYPES
-from wfm.views.sql import _PIPELINES, _UNITS, _all, _asked, _column, _no_run, _require, _require_location, _rows
+from wfm.views.sql import (
+    _PIPELINES,
+    _UNITS,
+    _all,
+    _asked,
+    _column,
+    _no_run,
+    _require,
+    _require_all,
+    _require_location,
+    _rows,
+)
 
 
 class EventLine(Struct, frozen=True, kw_only=True):
@@ -76,7 +88,7 @@ def events(
     run: int | None = None,
     pipeline: str | None = None,
     unit: str | None = None,
-    type: str | None = None,
+    types: Collection[str] = (),
     since: datetime | None = None,
     until: datetime | None = None,
     after: str | None = None,
@@ -90,7 +102,8 @@ def events(
     transaction therefore delays the page, and loses nothing.
 
     Args:
-        run, pipeline, unit, type, location_id: what the event is about; None for all.
+        run, pipeline, unit, location_id: what the event is about; None for all.
+        types: only events of these types; all if empty.
         since, until: bounds of the event's time, the first included, the second not.
         after: cursor of an earlier page; None for the beginning.
         newest: the last `limit` of these events instead of the first.
@@ -99,17 +112,17 @@ def events(
         the events, and a cursor after which the next page begins, also if this one is empty.
 
     Raises:
-        NotFoundError: no such location, run, pipeline or unit.
-        UsageError: there is no such type of events, or the cursor is none.
+        NotFoundError: no such location, run, pipeline, unit or event type; with every fault.
+        UsageError: the cursor is none.
     """
     if location_id is not None:
         _require_location(conn, location_id)
-    if run is not None and not _column(conn, "SELECT 1 FROM run WHERE id = :id", id=run):
-        _no_run(conn, run)
-    _require(conn, "pipeline", pipeline, _PIPELINES)
-    _require(conn, "unit", unit, _UNITS, pipeline=pipeline)
-    if type is not None and type not in TYPES:
-        raise UsageError(grouping.unknown("event type", type, TYPES))
+    _require_all(
+        lambda: None if run is None else _require_run(conn, run),
+        lambda: _require(conn, "pipeline", pipeline, _PIPELINES),
+        lambda: _require(conn, "unit", unit, _UNITS, pipeline=pipeline),
+        *(lambda name=name: _require_type(name) for name in types),
+    )
     txid, last = _cursor(after or START)
     # Taken before the page is read, so everything below it is settled when the page is read.
     (horizon,) = _column(conn, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text")
@@ -123,7 +136,8 @@ def events(
             WHERE (e.txid, e.id) > (CAST(:txid AS xid8), :last) AND e.txid < CAST(:horizon AS xid8)
                 AND {_asked("e.location_id", "loc", "bigint")} AND {_asked("e.run_id", "run", "bigint")}
                 AND {_asked("e.body ->> 'pipeline'", "pipeline")} AND {_asked("e.body ->> 'unit'", "unit")}
-                AND {_asked("e.type", "type")} AND {_asked("e.created_at", "since", "timestamptz", ">=")}
+                AND (CAST(:types AS text[]) = '{{}}' OR e.type = ANY(:types))
+                AND {_asked("e.created_at", "since", "timestamptz", ">=")}
                 AND {_asked("e.created_at", "until", "timestamptz", "<")}
             ORDER BY e.txid {order}, e.id {order} LIMIT :limit) page
         ORDER BY txid, id
@@ -135,7 +149,7 @@ def events(
         run=run,
         pipeline=pipeline,
         unit=unit,
-        type=type,
+        types=sorted(types),
         since=since,
         until=until,
         limit=limit,
@@ -143,11 +157,38 @@ def events(
     return EventPage(found, found[-1].cursor if len(found) == limit else f"{horizon}-0")
 
 
+def _require_run(conn: Connection, run: int) -> None:
+    if not _column(conn, "SELECT 1 FROM run WHERE id = :id", id=run):
+        _no_run(conn, run)
+
+
+def _require_type(name: str) -> None:
+    if name not in TYPES:
+        raise NotFoundError(grouping.unknown("event type", name, TYPES))
+
+
 def _cursor(cursor: str) -> tuple[str, int]:
     match = re.fullmatch(r"(\d{1,20})-(\d{1,18})", cursor, re.ASCII)
     if match is None:
         raise UsageError(f"{cursor!r} is not a cursor: expected two numbers such as 1234-56, or {START} for the start")
     return match[1], int(match[2])
+
+
+def log_end(conn: Connection) -> tuple[datetime, str]:
+    """The time now, and a cursor behind everything that transactions write that have written something until now."""
+    # A number of our own is larger than all that were given out. A snapshot's xmax is not: it counts ended ones.
+    (row,) = _all(conn, "SELECT clock_timestamp() AS now, pg_current_xact_id()::text AS txid")
+    return row["now"], f"{row['txid']}-0"
+
+
+def is_before(cursor: str, other: str) -> bool:
+    """Whether a cursor lies before another.
+
+    Raises:
+        UsageError: one of them is none.
+    """
+    (txid, last), (other_txid, other_last) = _cursor(cursor), _cursor(other)
+    return (int(txid), last) < (int(other_txid), other_last)
 
 
 def event_detail(conn: Connection, event_id: int) -> EventDetail:
@@ -175,7 +216,12 @@ DeadLetterState = Literal["open", "resent", "dropped"]
 
 
 class DeadLetterLine(Struct, frozen=True, kw_only=True):
-    """A message that could not be handled. `size` of its body in bytes; `event_id` of its ledger row, if known."""
+    """A message that could not be handled.
+
+    Attributes:
+        reason: why it could not be handled. size: of its body in bytes. event_id: of its ledger row, if known.
+        actor, actor_reason, settled_at: who sent it again or dropped it, why and when.
+    """
 
     id: int
     location: str
@@ -185,6 +231,8 @@ class DeadLetterLine(Struct, frozen=True, kw_only=True):
     event_id: int | None
     state: DeadLetterState
     actor: str
+    actor_reason: str
+    settled_at: datetime | None
     created_at: datetime
     size: int
 
@@ -197,19 +245,26 @@ class DeadLetter(DeadLetterLine, frozen=True, kw_only=True):
 
 
 _DEAD_LETTER = """
-SELECT d.id, l.name AS location, d.stream, d.entry_id, d.reason, d.event_id, d.state, d.actor, d.created_at,
+SELECT d.id, l.name AS location, d.stream, d.entry_id, d.reason, d.event_id, d.state, d.actor, d.actor_reason,
+    d.settled_at, d.created_at,
     octet_length(d.body) AS size, d.body
 FROM dead_letter d JOIN data_location l ON l.id = d.location_id
 """
 
 
-def dead_letters(conn: Connection, state: DeadLetterState | None = "open") -> list[DeadLetterLine]:
-    """Messages that could not be handled, the newest first; None for those of every state."""
+def dead_letters(
+    conn: Connection, state: DeadLetterState | None = "open", *, location_id: int | None = None
+) -> list[DeadLetterLine]:
+    """Messages that could not be handled, the newest first; None for those of every state, or of every location."""
     return _rows(
         conn,
         DeadLetterLine,
-        f"{_DEAD_LETTER} WHERE {_asked('d.state', 'state')} ORDER BY d.id DESC",
+        f"""
+        {_DEAD_LETTER} WHERE {_asked("d.state", "state")} AND {_asked("d.location_id", "loc", "bigint")}
+        ORDER BY d.id DESC
+        """,
         state=state,
+        loc=location_id,
     )
 
 

@@ -185,11 +185,11 @@ def _load(
             note=f"{r['state']}, {r['software']} {r['version']}{config}",
             details=r,
         )
-    read: defaultdict[int, list[_Key]] = defaultdict(list)
+    read: defaultdict[tuple[int, int], list[_Key]] = defaultdict(list)
     for d in _all(
         conn,
         """
-        SELECT id, run_id AS run, type, path, size, checksum, metrics, superseded_by, created_at
+        SELECT id, run_id AS run, attempt, type, path, size, checksum, metrics, superseded_by, created_at
         FROM data_product JOIN unnest(CAST(:runs AS bigint[])) AS w(run) ON run_id = w.run
         WHERE type = 'INTERMEDIATE' OR run_id = ANY(:down) OR id = :root ORDER BY path, id
         """,
@@ -198,7 +198,8 @@ def _load(
         root=root[1] if root[0] is LineageKind.PRODUCT else None,
     ):
         product, run = (LineageKind.PRODUCT, d.pop("id")), (LineageKind.RUN, d["run"])
-        superseded = f", superseded by run {d['superseded_by']}" if d["superseded_by"] else ""
+        newer = "a later attempt" if d["superseded_by"] == d["run"] else f"run {d['superseded_by']}"
+        superseded = f", superseded by {newer}" if d["superseded_by"] else ""
         nodes[product] = LineageNode(
             kind=LineageKind.PRODUCT,
             id=product[1],
@@ -208,16 +209,17 @@ def _load(
         )
         arrows.append((run, product))
         if d["type"] == ProductType.INTERMEDIATE:
-            read[d["run"]].append(product)
+            read[d["run"], d["attempt"]].append(product)
     for i in _all(
         conn,
         """
-        SELECT run_id, upstream_run_id FROM run_input WHERE run_id = ANY(:runs) ORDER BY run_id, upstream_run_id
+        SELECT run_id, upstream_run_id, upstream_attempt FROM run_input WHERE run_id = ANY(:runs)
+        ORDER BY run_id, upstream_run_id
         """,
         runs=runs,
     ):
-        upstream = (LineageKind.RUN, i["upstream_run_id"])
-        arrows += [(source, (LineageKind.RUN, i["run_id"])) for source in read[upstream[1]] or [upstream]]
+        upstream, reader = (LineageKind.RUN, i["upstream_run_id"]), (LineageKind.RUN, i["run_id"])
+        arrows += [(source, reader) for source in read[upstream[1], i["upstream_attempt"]] or [upstream]]
     for k in _all(
         conn,
         f"""

@@ -64,7 +64,7 @@ class RunRef(Struct, frozen=True):
 
 
 class ProductLine(Struct, frozen=True, kw_only=True):
-    """A data product. `superseded_by` is the run with the newer result."""
+    """A data product. `superseded_by` is the run with the newer result; its own run, if a later attempt made it."""
 
     id: int
     type: ProductType
@@ -239,7 +239,7 @@ def run_detail(conn: Connection, run_id: int) -> RunDetail:
         SELECT {_RUN_COLUMNS}, l.name AS location, sw.name AS software, sv.version AS software_version,
             cf.name AS config, cr.revision AS config_revision, cr.parameters,
             EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id, c.run_id) = (r.step_id, r.unit_id, r.id))
-                AS accepted,
+                AND r.state = 'COMPLETED' AS accepted,
             r.generation, r.wanted, r.priority, r.cpu, r.memory_gb, r.failures, s.max_retries, r.due_at,
             r.look_again_at, r.submitted_at, r.job, r.backend, r.handle, r.exit_code, r.cpu_hours, r.peak_memory_gb,
             r.node, r.evidence,
@@ -278,7 +278,7 @@ def run_detail(conn: Connection, run_id: int) -> RunDetail:
             ProductLine,
             """
             SELECT id, type, path, size, checksum, metrics, attempt, superseded_by, created_at
-            FROM data_product WHERE run_id = :run ORDER BY path
+            FROM data_product WHERE run_id = :run ORDER BY attempt, path
             """,
             run=run_id,
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeVar
 
@@ -57,6 +57,18 @@ def _require(conn: Connection, what: str, name: str | None, names: str, **params
         return
     if not _column(conn, f"SELECT 1 FROM ({names}) n(name) WHERE name = :name LIMIT 1", name=name, **params):
         _not_found(conn, what, name, names, **params)
+
+
+def _require_all(*checks: Callable[[], None]) -> None:
+    """Every check is made; all names that do not exist are reported together."""
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except NotFoundError as e:
+            faults.append(str(e))
+    if faults:
+        raise NotFoundError("\n".join(faults))
 
 
 def _not_found(conn: Connection, what: str, name: str, names: str, **params: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Whether history replays to the stored states."""
+"""Whether history replays to the stored states, and whether events and coverage agree with the runs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class VerifyReport(Struct, frozen=True):
 MOST_FAULTS = 1000
 """So many faults are listed; the others are counted."""
 
+UNDER_WAY_SECONDS = 600.0
+"""So long an event of a run that has ended since may still be on its way to its recipient."""
+
 
 def verify(
     conn: Connection, charts: Mapping[int, Chart], run_ids: Collection[int] | None = None, batch: int = 10_000
@@ -40,7 +43,11 @@ def verify(
     from nowhere; each next one starts where the last ended and is a move of its chart; the last one ends in the run's
     state; the attempt never decreases and ends as the run's. Runs without history and history without a run are faults.
 
-    Everything is read in one statement, hence in one snapshot, by a server-side cursor: memory does not grow with the
+    So are events of a run that is not there, or of a transition that it has not made; events that are pending although
+    their run has gone on and ended long ago; events that readers of the log never see; and coverage that rests on a run
+    that is not COMPLETED, or that has another step, unit, digest or result.
+
+    Each question is one statement, hence one snapshot, read by a server-side cursor: memory does not grow with the
     number of runs. The connection must be in a transaction.
 
     Args:
@@ -78,9 +85,62 @@ def verify(
             total += 1
             if total <= MOST_FAULTS:
                 faults.append(f"run {run_id}: {fault}")
+    for question in (_EVENTS, _LEFT_PENDING, _UNSEEN, _COVERAGE):
+        answers = conn.execute(
+            text(question),
+            {"every": run_ids is None, "ids": sorted(run_ids or ()), "under_way": UNDER_WAY_SECONDS},
+            execution_options={"yield_per": batch},
+        )
+        for (fault,) in answers:
+            total += 1
+            if total <= MOST_FAULTS:
+                faults.append(fault)
     if missing:
         _no_run(conn, min(missing))
     return VerifyReport(seen, transitions, faults, total)
+
+
+# Each gives one line per fault.
+
+_EVENTS = """
+SELECT format('event %s %s: ', e.id, e.type) || CASE WHEN r.id IS NULL THEN format('run %s does not exist', e.run_id)
+    ELSE format('is of version %s of run %s, which is at version %s', e.run_version, r.id, r.version) END
+FROM event e LEFT JOIN run r ON r.id = e.run_id
+WHERE e.run_id IS NOT NULL AND (:every OR e.run_id = ANY(:ids)) AND (r.id IS NULL OR e.run_version > r.version)
+ORDER BY e.id
+"""
+
+# The event of a run's last move may wait for its recipient as long as that one is not at work.
+_LEFT_PENDING = """
+SELECT format('event %s %s: is pending for %s since %s, but run %s went on and is %s', e.id, e.type, e.recipient,
+    to_char(e.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), r.id, r.state)
+FROM event e JOIN run r ON r.id = e.run_id
+WHERE e.done_at IS NULL AND (:every OR e.run_id = ANY(:ids)) AND e.run_version < r.version
+    AND greatest(e.created_at, r.finished_at) < now() - :under_way * interval '1 s' AND r.finished_at IS NOT NULL
+ORDER BY e.id
+"""
+
+# A row that is visible has a number that was given out (to us, or before), unless it came from another server.
+_UNSEEN = """
+SELECT format('event %s and %s more: their transactions have numbers that this server has not reached, so nobody who '
+    'reads the log sees them; were the tables restored from another server? See docs/how-to/replay-and-repair.md',
+    min(e.id), count(*) - 1)
+FROM event e WHERE :every AND e.txid >= pg_snapshot_xmax(pg_current_snapshot())
+    AND e.txid IS DISTINCT FROM pg_current_xact_id_if_assigned() HAVING count(*) > 0
+"""
+
+_COVERAGE = """
+SELECT format('coverage of %s/%s %s rests on run %s, which ', p.name, s.name, u.key, r.id) || CASE
+    WHEN r.state <> 'COMPLETED' THEN format('is %s', r.state)
+    WHEN (r.step_id, r.unit_id) <> (c.step_id, c.unit_id) THEN 'is of another step or unit'
+    WHEN r.wanted <> c.wanted THEN format('has digest %s, but %s is wanted', r.wanted, c.wanted)
+    ELSE 'has another result' END
+FROM coverage c JOIN run r ON r.id = c.run_id JOIN reduction_step s ON s.id = c.step_id
+JOIN pipeline p ON p.id = s.pipeline_id JOIN unit u ON u.id = c.unit_id
+WHERE c.state = 'covered' AND (:every OR r.id = ANY(:ids)) AND (r.state <> 'COMPLETED'
+    OR (r.step_id, r.unit_id, r.wanted, r.result) IS DISTINCT FROM (c.step_id, c.unit_id, c.wanted, c.result))
+ORDER BY s.id, u.id
+"""
 
 
 def _replay(

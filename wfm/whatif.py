@@ -1,0 +1,302 @@
+"""What would happen if definitions were others: the future of a location, by the real gap engine, and undone.
+
+The future is computed twice in one transaction: with the definitions as they are, and with the changed ones. Each time
+everything that is a gap becomes a run, every run succeeds at once, and what depends on it follows, until nothing is
+left. The runs of the two futures are compared, and the transaction is rolled back: no row changes, no event is
+published. (Numbers that sequences gave out are not given out again.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+
+from msgspec import Struct
+from sqlalchemy.exc import OperationalError
+
+from wfm import documents, gaps
+from wfm.decide import Capacity, MoveFacts, PendingRun, admit
+from wfm.documents import Change, Documents
+from wfm.errors import UnavailableError
+from wfm.model import Actor, CoverageState, RunState
+from wfm.roles import every_pair
+from wfm.store import Move, Store, Tx
+
+ACTOR = Actor("what-if")
+
+_NEXT = {
+    RunState.PENDING: "build",
+    RunState.STAGING_DATA: "submit",
+    RunState.SUBMITTED: "finish",
+    RunState.RUNNING: "finish",
+    RunState.COLLECTING_RESULTS: "collect",
+    RunState.RETRY_WAIT: "retry_due",
+    RunState.CANCELLING: "confirm_cancel",
+}
+"""The trigger by which a run comes nearer to its good end."""
+
+
+class RunForecast(Struct, frozen=True):
+    """A run that one of the futures has and the other has not.
+
+    Attributes:
+        reason: why it would be made; of one that is gone, what is the case instead.
+        wave: 1 for runs that start at once, 2 for those that read the results of these, and so on.
+        never_fits: why it could never start here; empty if it could.
+    """
+
+    pipeline: str
+    step: str
+    unit: str
+    reason: str
+    wave: int
+    never_fits: str = ""
+
+
+class Shift(Struct, frozen=True):
+    """So many units of a step would end in another coverage state; None where there is no such unit."""
+
+    pipeline: str
+    step: str
+    before: CoverageState | None
+    after: CoverageState | None
+    units: int
+
+
+class WhatIf(Struct, frozen=True):
+    """What changed definitions would do.
+
+    Attributes:
+        packages: how many recorded arrivals were looked at; None for the whole catalogue.
+        changes: what becomes of each document.
+        added, gone: runs that only the changed future has, and that only the unchanged one has.
+        shifts: how coverage would end otherwise.
+    """
+
+    packages: int | None
+    changes: list[Change]
+    added: list[RunForecast]
+    gone: list[RunForecast]
+    shifts: list[Shift]
+
+
+_Unit = tuple[str, str, str]
+"""(pipeline, step, unit key)"""
+
+
+class _Future(Struct):
+    """By unit and wanted digest the runs; by unit the coverage (state, reason) in the end."""
+
+    runs: dict[tuple[_Unit, str], RunForecast]
+    coverage: Mapping[_Unit, tuple[str, str]]
+
+
+def what_if(
+    store: Store,
+    changed: Documents,
+    location_id: int,
+    *,
+    limits: tuple[Capacity, Capacity],
+    since: datetime | None = None,
+    until: datetime | None = None,
+    seconds: float = 60.0,
+) -> WhatIf:
+    """Compare the future under changed definitions with the one under those that are.
+
+    Holds what the gap engine locks (the coverage and members of the units looked at, the active runs) and the lock of
+    definitions and catalogue, until it is done or gives up.
+
+    Args:
+        limits: what the location holds at once, now and then.
+        since, until: look only at packages whose arrival was recorded then, and at what their units lead to; the first
+            included, the second not. None and None: at the whole catalogue.
+        seconds: after which it gives up.
+
+    Raises:
+        DocumentError: the documents do not fit the database.
+        UnavailableError: it took too long, or others held for too long what it needs.
+    """
+    end = time.monotonic() + seconds
+
+    def in_time() -> None:
+        if time.monotonic() > end:
+            raise UnavailableError(_too_long(seconds))
+
+    def work(tx: Tx) -> WhatIf:
+        try:
+            tx.run(
+                "SELECT set_config('statement_timeout', :most, true), set_config('lock_timeout', :most, true)",
+                most=f"{max(1, int((end - time.monotonic()) * 1000))}ms",
+            )
+            packages = None if since is None and until is None else _arrived(tx, location_id, since, until)
+            with tx.conn.begin_nested() as savepoint:
+                before = _future(tx, location_id, packages, limits[0], in_time)
+                savepoint.rollback()
+            applied = documents.apply(tx.conn, changed, location_id=location_id, actor=ACTOR.name)
+            after = _future(tx, location_id, packages, limits[1], in_time)
+            return _compare(before, after, applied.changes, packages)
+        finally:
+            tx.conn.rollback()
+
+    try:
+        return store.retrying(work)[0]
+    except OperationalError as e:
+        if getattr(e.orig, "pgcode", None) in ("57014", "55P03"):  # a statement or the wait for a lock took too long
+            raise UnavailableError(_too_long(seconds)) from e
+        raise
+
+
+def _too_long(seconds: float) -> str:
+    return f"gave up after {seconds:g} s, so as not to hold others up: narrow it with --since, or allow more seconds"
+
+
+def _arrived(tx: Tx, location_id: int, since: datetime | None, until: datetime | None) -> list[int]:
+    rows = tx.all(
+        """
+        SELECT DISTINCT (body ->> 'raw_data_package')::bigint AS id FROM event
+        WHERE location_id = :loc AND type = 'data.arrived' AND jsonb_typeof(body -> 'raw_data_package') = 'number'
+            AND (CAST(:since AS timestamptz) IS NULL OR created_at >= :since)
+            AND (CAST(:until AS timestamptz) IS NULL OR created_at < :until)
+        """,
+        loc=location_id,
+        since=since,
+        until=until,
+    )
+    return [r.id for r in rows]
+
+
+def _future(
+    tx: Tx, location_id: int, packages: Sequence[int] | None, limit: Capacity, in_time: Callable[[], None]
+) -> _Future:
+    """Let everything happen that follows from the definitions."""
+    in_time()
+    if packages is None:
+        pairs = every_pair(tx, location_id, None)
+        scope = None
+    else:
+        pairs = gaps.fold(tx, location_id, packages) | _pairs_with(tx, location_id, packages)
+        scope = _and_below(tx, pairs)
+    gaps.evaluate(tx, pairs, ACTOR)
+    runs: dict[tuple[_Unit, str], RunForecast] = {}
+    wave = 1
+    while batches := list(_ready(tx, location_id)):
+        for ids in batches:
+            in_time()
+            runs |= _let_succeed(tx, ids, wave, scope, limit)
+        wave += 1
+    return _Future(runs, _coverage(tx, location_id, scope))
+
+
+def _pairs_with(tx: Tx, location_id: int, packages: Sequence[int]) -> set[gaps.Pair]:
+    """The pairs whose unit has one of these packages."""
+    rows = tx.all(
+        """
+        SELECT DISTINCT s.id AS step_id, u.id AS unit_id FROM unit_member m JOIN unit u ON u.id = m.unit_id
+        JOIN reduction_step s ON s.pipeline_id = u.pipeline_id AND s.dims = u.dims AND s.active
+        JOIN pipeline p ON p.id = s.pipeline_id AND p.deleted_at IS NULL AND p.location_id = :loc
+        WHERE m.package_id = ANY(:ids) AND m.removed IS NULL
+        """,
+        loc=location_id,
+        ids=list(packages),
+    )
+    return {(r.step_id, r.unit_id) for r in rows}
+
+
+def _and_below(tx: Tx, pairs: Collection[gaps.Pair]) -> set[gaps.Pair]:
+    """These pairs and all that depend on them."""
+    found = set(pairs)
+    fresh = set(pairs)
+    while fresh:
+        fresh = gaps.pairs_below(tx, fresh) - found
+        found |= fresh
+    return found
+
+
+def _ready(tx: Tx, location_id: int) -> list[list[int]]:
+    """Active runs that nobody holds back, in batches."""
+    rows = tx.all(
+        """
+        SELECT r.id FROM run r JOIN pipeline p ON p.id = r.pipeline_id JOIN reduction_step s ON s.id = r.step_id
+        WHERE r.location_id = :loc AND r.finished_at IS NULL AND NOT (r.state IN ('PENDING', 'RETRY_WAIT')
+            AND (NOT p.enabled OR p.paused_by <> '' OR s.paused_by <> '')) ORDER BY r.id
+        """,
+        loc=location_id,
+    )
+    ids = [r.id for r in rows]
+    return [ids[i : i + gaps.CHUNK] for i in range(0, len(ids), gaps.CHUNK)]
+
+
+def _let_succeed(
+    tx: Tx, ids: Sequence[int], wave: int, scope: Collection[gaps.Pair] | None, limit: Capacity
+) -> dict[tuple[_Unit, str], RunForecast]:
+    runs = tx.lock_runs(ids)
+    causes = {
+        r.id: r
+        for r in tx.all(
+            "SELECT r.id, r.cpu, r.memory_gb, t.reason FROM run r JOIN transition t ON t.run_id = r.id"
+            " WHERE r.id = ANY(:ids) AND t.version = 1",
+            ids=list(ids),
+        )
+    }
+    moving = runs
+    while moving := {i: r for i, r in moving.items() if r.state in _NEXT}:
+        moving, _ = tx.move([Move(r, _NEXT[r.state], ACTOR, MoveFacts(exit_record=True)) for r in moving.values()])
+    own = {(r.step_id, r.unit_id) for r in runs.values()}
+    gaps.evaluate(tx, own | gaps.pairs_below(tx, own), ACTOR)
+    found = {}
+    for i, r in runs.items():
+        if scope is None or (r.step_id, r.unit_id) in scope:
+            c = causes[i]
+            waiting = admit([PendingRun(i, c.cpu, c.memory_gb)], _FREE, limit)[1].get(i, "")
+            found[(r.pipeline, r.step, r.unit), r.wanted] = RunForecast(
+                r.pipeline, r.step, r.unit, c.reason, wave, waiting
+            )
+    return found
+
+
+_FREE = Capacity(0, 0.0, 0.0)
+
+
+def _coverage(tx: Tx, location_id: int, scope: Collection[gaps.Pair] | None) -> dict[_Unit, tuple[str, str]]:
+    rows = tx.all(
+        """
+        SELECT c.step_id, c.unit_id, p.name AS pipeline, s.name AS step, u.key AS unit, c.state, c.reason
+        FROM coverage c JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
+        JOIN unit u ON u.id = c.unit_id WHERE p.location_id = :loc AND p.deleted_at IS NULL
+        """,
+        loc=location_id,
+    )
+    return {
+        (r.pipeline, r.step, r.unit): (r.state, r.reason)
+        for r in rows
+        if scope is None or (r.step_id, r.unit_id) in scope
+    }
+
+
+def _compare(before: _Future, after: _Future, changes: list[Change], packages: Sequence[int] | None) -> WhatIf:
+    added = [run for key, run in after.runs.items() if key not in before.runs]
+    instead = {(r.pipeline, r.step, r.unit) for r in added}
+    gone = []
+    for (unit, wanted), run in before.runs.items():
+        if (unit, wanted) not in after.runs:
+            state, reason = after.coverage.get(unit, ("", "there is no such step or unit any more"))
+            said = "newer input, version or config takes its place" if unit in instead else f"{state}: {reason}"
+            gone.append(RunForecast(run.pipeline, run.step, run.unit, said.removeprefix(": "), run.wave))
+    turned = Counter(
+        (unit[0], unit[1], b, a)
+        for unit in before.coverage.keys() | after.coverage.keys()
+        if (b := before.coverage.get(unit, (None,))[0]) != (a := after.coverage.get(unit, (None,))[0])
+    )
+    shifts = [
+        Shift(p, s, CoverageState(b) if b else None, CoverageState(a) if a else None, n)
+        for (p, s, b, a), n in sorted(turned.items(), key=lambda item: tuple(map(str, item[0])))
+    ]
+
+    def place(r: RunForecast) -> tuple[int, str, str, str]:
+        return r.wave, r.pipeline, r.step, r.unit
+
+    return WhatIf(
+        None if packages is None else len(packages), changes, sorted(added, key=place), sorted(gone, key=place), shifts
+    )
