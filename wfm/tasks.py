@@ -146,7 +146,8 @@ class TaskRunner:
         for kind, rows in by_kind.items():
             tried = [t for t in rows if t.tries >= self.max_tries]
             broken += [
-                Outcome(t, error=WfmError(f"{t.tries} workers ended or lost touch while doing it")) for t in tried
+                Outcome(t, error=UnavailableError(f"{t.tries} workers ended or lost touch while doing it"))
+                for t in tried
             ]
             fresh = [t for t in rows if t.tries < self.max_tries]
             works, faults = self._prepare(tx, self.kinds[kind], fresh)
