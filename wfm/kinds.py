@@ -20,7 +20,7 @@ from wfm.backends import Backend
 from wfm.collect import Collected, collect
 from wfm.config import Settings
 from wfm.decide import MoveFacts, Verdict, backoff, judge
-from wfm.errors import HeldError, InputError, OutputError, UnavailableError
+from wfm.errors import HeldError, InputError, OutputError, UnavailableError, WfmError
 from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan, attempt_directory
 from wfm.model import Actor, FailureClass, JobRef, JobSpec, JobStatus, Report, Resources, Role, RunState, TaskKind
 from wfm.schema import UNITS_INSIDE
@@ -278,8 +278,12 @@ class Submit(_Base):
         for o in outcomes:
             assert o.task.run_id is not None
             run = runs[o.task.run_id]
-            failure = FailureClass.TASK if isinstance(o.error, UnavailableError) else FailureClass.REJECTED
-            moves.append(failed(run, failure, f"submit: {o.error}", WORKER, self.retry_in(run)))
+            if isinstance(o.error, WfmError) and not isinstance(o.error, UnavailableError):
+                moves.append(failed(run, FailureClass.REJECTED, f"submit: {o.error}", WORKER, self.retry_in(run)))
+            else:
+                # The job may be on its way. Who follows jobs asks for it by name, and fences it before another attempt.
+                actor = Actor(WORKER.name, f"not known whether it was submitted: {o.error}")
+                moves.append(Move(run, "submit", actor, sets={"backend": self.backend.name}))
         return moves
 
 

@@ -142,7 +142,7 @@ class TaskRunner:
         fresh = [t for t in tasks if t.tries <= self.max_tries]
         works, broken = self._prepare(tx, fresh)
         broken += [
-            Outcome(t, error=WfmError(f"{t.tries} workers ended or lost touch while doing it"))
+            Outcome(t, error=UnavailableError(f"{t.tries} workers ended or lost touch while doing it"))
             for t in tasks
             if t.tries > self.max_tries
         ]

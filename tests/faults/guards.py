@@ -481,6 +481,13 @@ JOBS = [
         f"{_GUARDS}::test_a_lost_job_can_not_begin_any_more",
     ),
     _guard(
+        "a job that may have been submitted is asked for",
+        _KINDS,
+        "if isinstance(o.error, WfmError) and not isinstance(o.error, UnavailableError):",
+        "if True:",
+        f"{_GUARDS}::test_a_job_that_may_have_been_submitted_is_asked_for_by_name",
+    ),
+    _guard(
         "a cancellation waits for the backend",
         _KINDS,
         "if reports[job.name].status in NOT_RUNNING",

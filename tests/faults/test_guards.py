@@ -266,7 +266,8 @@ def test_a_pipeline_that_is_being_deleted_gets_no_run(hands):
     assert not hands.world.runs(), "a deleted pipeline has a new run"
 
 
-def test_two_workflow_managers_share_the_slots(hands):
+def test_two_workflow_managers_share_the_slots(hands, monkeypatch):
+    monkeypatch.setattr("wfm.roles.CANDIDATES", 1)  # each looks at another run
     hands.world.environ["WFM_MAX_IN_FLIGHT"] = "1"
     hands.world.pipeline("p", ONE)
     hands.world.register(hands.world.package("a"), hands.world.package("b"))
@@ -486,6 +487,25 @@ def test_leases_in_hand_are_handed_back_at_the_end(hands, monkeypatch):
 
 
 # --- jobs ---
+
+
+@pytest.mark.parametrize("how", ["its replies are lost", "its workers die"])
+def test_a_job_that_may_have_been_submitted_is_asked_for_by_name(hands, how):
+    """Another attempt must not begin while this one's job may be on its way."""
+    hands.world.environ["WFM_MAX_TASK_TRIES"] = "2"
+    run = hands.staging()
+    hands.lease("stage")
+    with hands.world.store.begin() as tx:
+        tx.open_tasks({run.id: "submit"}, {run.id: run})
+    if how == "its workers die":
+        for _ in range(3):
+            hands.lease("submit", seconds=-1)
+
+    def broken(work, alive):
+        raise UnavailableError("the reply was lost")
+
+    work_off(hands, "submit", broken)
+    assert (hands.run().state, hands.run().attempt) == ("SUBMITTED", 1), hands.run().message
 
 
 def test_a_lost_job_can_not_begin_any_more(hands):
