@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.faults.checker import Report, check
+from tests.faults.checker import Report, check, restless
 from tests.faults.history import Call, History
 from tests.faults.ledger import Ledger
 from tests.faults.recorded import record
@@ -264,6 +264,10 @@ class World:
             for x in self.ledger.lines()
             if x.kind == "job" and x.phase == "begin"
         )
+
+    def rest(self) -> None:
+        """Wait until nothing moves any more; `check` asks for much more."""
+        wait_until(lambda: not restless(self), what="nothing moves any more")
 
     def check(self, **expected: Any) -> Report:
         """Everything that must hold once nothing moves any more; see `tests.faults.checker.check`."""

@@ -76,7 +76,7 @@ def test_a_completed_run_computes_again_and_its_old_products_count_until_the_new
         assert products(world, first)[0][1] is None
         wait_until(lambda: world.runs()[0].state == "COMPLETED")
         wait_until(lambda: world.all_covered(2))
-        world.assert_quiet()
+        world.rest()
     assert len(world.runs()) == 2, "a repeated result of the same inputs makes nothing stale"
     assert products(world, first) == [(1, first.id, "data of a\n"), (2, None, "data of a\n")]
     assert sorted(world.executions().values()) == [1, 1, 1]
@@ -123,7 +123,7 @@ def test_only_the_collection_is_repeated(world):
     with world.roles():
         assert redrive(world, run, COLLECTING).state is COLLECTING
         wait_until(lambda: world.all_covered(1))
-        world.assert_quiet()
+        world.rest()
     assert products(world, run) == [(2, None, "good\n")]
     assert history(world, run)[0][-2:] == [
         ("recollect", "COLLECTING_RESULTS", 2, 2),
@@ -169,7 +169,7 @@ def test_what_was_purged_is_computed_again_but_not_collected(world):
     assert "purged" in redrive(world, run, COLLECTING)
     with world.roles(Role.WORKER):
         wait_until(lambda: not Path(run.job["directory"]).exists())
-        world.assert_quiet()
+        world.rest()
     assert "purged" in redrive(world, run, COLLECTING)
     with world.roles():
         assert redrive(world, run).attempt == 2
@@ -218,7 +218,7 @@ def test_a_run_that_began_under_chart_1_goes_on_under_it_and_a_new_attempt_begin
         assert {v for run in (first, second) for _, _, _, v in history(world, run)[0]} == {1}
         redrive(world, first)
         wait_until(lambda: world.all_covered(2))
-        world.assert_quiet()
+        world.rest()
     assert [r.chart_version for r in world.runs()] == [2, 1]
     assert [v for *_, v in history(world, first)[0]] == [1] * 6 + [2] * 6
     assert verified(world) == []
@@ -240,7 +240,7 @@ def test_data_that_changes_back_is_covered_by_its_first_result_whose_products_co
     with world.roles():
         world.register(world.package("a", "data of a\n"))
         wait_until(lambda: world.coverage()["one", first.unit].run_id == first.id)
-        world.assert_quiet()
+        world.rest()
     assert [x[1] for run in (first, second) for x in products(world, run)] == [None, first.id]
     assert len(world.runs()) == 2
     # And once more, with two attempts of the first.
@@ -251,7 +251,7 @@ def test_data_that_changes_back_is_covered_by_its_first_result_whose_products_co
         wait_until(lambda: world.coverage()["one", first.unit].run_id == second.id)
         world.register(world.package("a", "data of a\n"))
         wait_until(lambda: world.coverage()["one", first.unit].run_id == first.id)
-        world.assert_quiet()
+        world.rest()
     assert [x[1] for x in products(world, first)] == [first.id, None]
     assert verified(world) == []
 
@@ -264,7 +264,7 @@ def test_data_that_changes_back_after_its_result_was_purged_is_computed_again(wo
     with world.roles():
         world.register(world.package("a", "data of a\n"))
         wait_until(lambda: len(world.runs()) == 3 and world.all_covered(1))
-        world.assert_quiet()
+        world.rest()
     assert not Path(first.job["directory"]).exists()
     assert products(world, world.runs()[2]) == [(1, None, "data of a\n")]
     assert world.coverage()["one", first.unit].run_id == world.runs()[2].id

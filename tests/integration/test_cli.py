@@ -22,7 +22,7 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
-from tests.harness import PROGRAM, wait_until
+from tests.harness import PROGRAM, REPOSITORY, wait_until
 from tests.services import Servers
 from wfm import views
 from wfm.cli import wfm
@@ -119,7 +119,7 @@ def cli(home: Path) -> Iterator[Cli]:
     archive.mkdir()
     for name in "abc":
         (archive / f"{name}.txt").write_text(f"data of {name}\n")
-    (home / "copy.py").write_text(PROGRAM.format(ledger=str(home / "ledger.txt")))
+    (home / "copy.py").write_text(PROGRAM.format(repository=str(REPOSITORY), ledger=str(home / "ledger.jsonl")))
     (home / "all.yaml").write_text(DEFINITIONS.format(home=home))
     cli.process("up")
     try:

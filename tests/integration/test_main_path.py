@@ -216,7 +216,7 @@ def test_a_location_that_is_away_holds_its_runs_and_fails_none(world):
         away.rename(world.archive)
         world.act(lambda tx: tx.run("UPDATE task SET due_at = now() WHERE kind = 'stage' AND state = 'ready'"))
         wait_until(lambda: world.states() == {("one", "COMPLETED"): 2})
-        world.assert_quiet()
+        world.rest()
     assert {(r.attempt, r.failures) for r in world.runs()} == {(1, 0)}
 
 

@@ -81,8 +81,8 @@ from wfm.store import (
     TaskEnd,
     TaskRow,
     Tx,
-    message,
     encode,
+    message,
     result_hash,
 )
 from wfm.tasks import Outcome
@@ -312,7 +312,7 @@ class ModelTx(Tx):
         elif sql.startswith("UPDATE event e SET done_at = NULL"):
             self._send_again(params["ids"], params["role"])
         else:
-            assert sql.startswith(("UPDATE run r SET waiting_for", "UPDATE run r SET look", "UPDATE data_product")), sql
+            assert sql.startswith(("UPDATE run r SET waiting_for", "UPDATE run r SET look", "WITH older AS")), sql
         return len(rows)
 
     def all(self, sql: str, **params: Any) -> Sequence[Any]:
@@ -325,8 +325,8 @@ class ModelTx(Tx):
             return [SimpleNamespace(jobs=jobs, youngest=0.0)]
         if sql.startswith("SELECT run_id, bool_or"):
             return self._task_summary(params["ids"])
-        assert "FROM run r LEFT JOIN run a ON" in sql, sql
-        return self._unfit(params["ids"])
+        assert sql.startswith("SELECT r.id, s.active AND p.deleted_at IS NULL AS part"), sql
+        return self._ended(params["ids"])
 
     def _close_tasks(self, ids: Sequence[int]) -> None:
         if "no closing of tasks" in self.world.broken:
@@ -379,13 +379,19 @@ class ModelTx(Tx):
                 seen.staged |= (t.kind, t.state) == ("stage", "done")
         return list(found.values())
 
-    def _unfit(self, ids: Sequence[int]) -> Sequence[Any]:
-        unfit = []
-        for r in (self.db.runs[i] for i in ids if self.db.runs[i].state in FINAL_STATES):
-            active = self.world.active((r.step, r.unit))
-            if active or self.db.coverage[r.step, r.unit].wanted != r.wanted:
-                unfit.append(SimpleNamespace(id=r.id, active=active.id if active else None))
-        return unfit
+    def _ended(self, ids: Sequence[int]) -> Sequence[Any]:
+        """What decides whether ended runs may begin again."""
+        return [
+            SimpleNamespace(
+                id=r.id,
+                part=True,
+                newest=self.db.coverage[r.step, r.unit].wanted == r.wanted,
+                active=active.id if (active := self.world.active((r.step, r.unit))) else None,
+                exit_code=r.exit_code,
+                purged=False,
+            )
+            for r in (self.db.runs[i] for i in ids if self.db.runs[i].state in FINAL_STATES)
+        ]
 
 
 class CrashError(BaseException):
@@ -482,6 +488,9 @@ class ModelBus:
                 redis.add(m.type, m.body)
         if fault == "dies after publishing":
             raise CrashError
+
+    def mend(self, error: Exception) -> None:
+        """No key is ever of another type here."""
 
     def life(self) -> tuple[str, bool]:
         born = not self.world.redis.life
