@@ -104,12 +104,12 @@ class Bench:
         return victim
 
     def close(self) -> None:
-        """End everything, gently where that works."""
-        self.stop()
+        """End everything: victims first, since a frozen one may hold locks that others wait for."""
         for victim in self._victims:
             if victim.poll() is None:
                 victim.send(signal.SIGKILL)
                 victim.wait()
+        self.stop()
         self.world.close()
 
 

@@ -24,6 +24,10 @@ def here(servers, migrated, tmp_path) -> Iterator[Bench]:
         yield made
 
 
+PATIENT = {"WFM_LEASE_SECONDS": "10"}
+"""For tests in which no lease is to run out, however slow the machine is: so nothing may be repeated."""
+
+
 def begin(here: Bench, role: Role, *arguments: str, cancel: bool = False, purge: bool = False):
     """A pipeline with something to do for a role, which is played by a victim alone; all others are at work."""
     world = here.world
@@ -88,12 +92,12 @@ def test_a_thawed_role_is_not_heard_while_another_holds_its_task(here):
     zombie.send(signal.SIGCONT)
     wait_until(lambda: "came too late" in zombie.log.read_text(), what="its outcome is refused")
     holder.send(signal.SIGKILL)
-    here.world.check(repeats={"stage"})
+    here.world.check(repeats=EFFECTS)
 
 
 def test_a_frozen_job_goes_on_when_it_thaws_and_is_not_repeated(here):
     world = here.world
-    world.environ |= {"WFM_VANISH_GRACE_SECONDS": "0.2"}
+    world.environ |= {**PATIENT, "WFM_VANISH_GRACE_SECONDS": "0.2"}
     world.config("c", seconds=0.5)
     world.pipeline("p", [{**STEP, "config": "c", "max_retries": 3}])
     here.start()
@@ -121,6 +125,7 @@ def test_sigterm_in_the_middle_of_a_task_loses_and_repeats_nothing(here, kind, w
     """The effect takes a little longer than until the signal: it is given up and handed back, or its outcome counts."""
     role = Role.RESULT_MANAGER if kind == "poll" else Role.WORKER
     point = f"{when}-{kind}"
+    here.world.environ |= PATIENT
     victim = begin(here, role, "--dawdle", point, cancel=kind == "cancel", purge=kind == "purge")
     wait_until(lambda: victim.came_by(point), what=point)
     victim.send(signal.SIGTERM)
@@ -132,6 +137,7 @@ def test_sigterm_in_the_middle_of_a_task_loses_and_repeats_nothing(here, kind, w
 
 @pytest.mark.parametrize(("role", "point"), [(Role.WORKER, "after-stage"), (Role.RESULT_MANAGER, "before-poll")])
 def test_sigterm_ends_a_role_whose_task_never_returns_and_its_work_is_handed_back(here, role, point):
+    here.world.environ |= PATIENT
     victim = begin(here, role, "--hold", point)
     wait_until(lambda: victim.came_by(point), what=point)
     victim.send(signal.SIGTERM)
@@ -150,7 +156,7 @@ def test_a_second_sigterm_ends_a_role_at_once_and_its_leases_run_out(here, role,
     victim.send(signal.SIGTERM)
     assert victim.wait(HANDED_BACK) == 1, victim.tail()
     here.start(role)
-    here.world.check(repeats={"stage"})
+    here.world.check(repeats=EFFECTS)
 
 
 # --- killed at random ---
@@ -200,6 +206,7 @@ def test_clocks_an_hour_fast_and_an_hour_slow(here, role):
     """Two copies of a role whose clocks are two hours apart share the work with three that are right."""
     library = _libfaketime()
     world = here.world
+    world.environ |= PATIENT
     world.config("c", seconds=0.1)
     world.pipeline("p", [{**STEP, "config": "c", "max_retries": 1}])
     here.start(*set(Role) - {role})
