@@ -1,7 +1,7 @@
 """A small world to test wfm in: an archive with packages, pipelines of tiny programs, and the roles at work.
 
-The programs append one line to a ledger outside wfm's reach for every execution, so that tests count what jobs did
-from what the jobs themselves wrote.
+The programs and the roles' tasks write what they do into a ledger outside wfm's reach (`tests.faults.ledger`), clients
+note what they asked; `World.check` judges everything by that.
 """
 
 from __future__ import annotations
@@ -9,17 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from wfm import catalogue, documents
+from tests.faults.checker import Report, check
+from tests.faults.history import Call, History
+from tests.faults.ledger import Ledger
+from tests.faults.recorded import record
+from wfm import acts, catalogue, documents
+from wfm.bus import RedisError
 from wfm.config import Settings, load
 from wfm.model import Actor, Role
 from wfm.service import Service, build, open_bus, open_store
@@ -27,11 +33,19 @@ from wfm.service import Service, build, open_bus, open_store
 ACTOR = Actor("user:test", "a test")
 
 PROGRAM = """
-import json, os, sys, time
+import hashlib, json, os, sys, time
+sys.path.insert(0, {repository!r})
+from tests.faults.ledger import Ledger
+
+def digest(path):
+    with open(path, "rb") as f:
+        return "sha256:" + hashlib.sha256(f.read()).hexdigest()
+
 m = json.load(open(os.environ["WORKFLOW_MANIFEST"]))
 p = m["config"]["parameters"]
-with open({ledger!r}, "ab", buffering=0) as f:
-    f.write(f"{{m['step']['name']}} {{m['unit']['key']}} {{m['run_id']}} {{m['attempt']}} {{os.getpid()}}\\n".encode())
+ledger = Ledger({ledger!r})
+effect = f"job {{m['run_id']}}.{{m['attempt']}}"
+ledger.write(effect, "begin", step=m["step"]["name"], unit=m["unit"]["key"])
 time.sleep(p.get("seconds", 0))
 if p.get("exit") or m["unit"]["key"] in p.get("exit_for", []):
     print("this software does not like its input", file=sys.stderr)
@@ -41,9 +55,18 @@ text = "".join(open(i).read() for i in sorted(inputs))
 out = os.environ["WORKFLOW_OUTPUT_DIR"]
 if m["step"]["is_final"]:
     out = os.path.join(out, "science")
-with open(os.path.join(out, m["unit"]["key"] + ".txt"), "w") as f:
+result = os.path.join(out, m["unit"]["key"] + ".txt")
+with open(result, "w") as f:
     f.write(text)
+ledger.write(
+    effect, "end",
+    files={{f"{{i['package']}}/{{i['name']}}": digest(i["path"]) for i in m["input_files"]}},
+    upstream=sorted({{i["run_id"] for i in m["input_products"]}}),
+    outputs={{os.path.relpath(result, os.environ["WORKFLOW_ATTEMPT_DIRECTORY"]): digest(result)}},
+)
 """
+
+REPOSITORY = Path(__file__).parents[1]
 
 STEP_DEFAULTS = {"software": "copy", "version": "1.0.0", "max_retries": 0}
 
@@ -59,14 +82,18 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = 
 
 
 class World:
-    def __init__(self, directory: Path, database_url: str, redis_url: str) -> None:
+    def __init__(self, directory: Path, database_url: str, redis_url: str, **environ: str) -> None:
         self.directory = directory
         self.archive = directory / "archive"
         self.archive.mkdir()
-        self.ledger = directory / "ledger.txt"
-        self.ledger.touch()
+        self.ledger = Ledger(directory / "ledger.jsonl")
+        self.history = History()
         self.program = directory / "step_program.py"
-        self.program.write_text(PROGRAM.format(ledger=str(self.ledger)))
+        self.program.write_text(PROGRAM.format(repository=str(REPOSITORY), ledger=str(self.ledger.path)))
+        self.killed: set[int] = set()
+        """Processes that a test kills: the names under which they read may stand for an hour."""
+        self._services: list[Service] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         self.environ = {
             "WFM_DATABASE_URL": database_url,
             "WFM_REDIS_URL": redis_url,
@@ -77,6 +104,7 @@ class World:
             "WFM_STAGING_RESERVE_GB": "0",
             "WFM_SWEEP_SECONDS": "0.2",
             "WFM_RETRY_BACKOFF_SECONDS": "0.2",
+            **environ,
         }
         self.store = open_store(self.settings)
         self.apply(
@@ -127,11 +155,12 @@ class World:
         )
 
     def act(self, work: Callable[[Any], Any]) -> Any:
-        """A transaction, and its events published as the command line does."""
+        """A transaction, and its events published, at best, as the command line does."""
         with self.store.begin() as tx:
             value = work(tx)
             tx.load_events(list(getattr(value, "event_ids", ())))
-        open_bus(self.settings).send(tx.outbox)
+        with suppress(RedisError):
+            open_bus(self.settings).send(tx.outbox)
         return value
 
     def pipeline(self, name: str, steps: Sequence[dict[str, Any]], **more: Any) -> None:
@@ -166,7 +195,25 @@ class World:
         )
 
     def register(self, *packages: Any) -> Any:
-        return self.act(lambda tx: catalogue.register(tx.conn, packages, location_ids=[1], actor=ACTOR.name))
+        calls = [Call("register", p.name, {f.name: f.checksum for f in p.files}) for p in packages]
+        return self.history.call(
+            calls,
+            lambda: self.act(lambda tx: catalogue.register(tx.conn, packages, location_ids=[1], actor=ACTOR.name)),
+        )
+
+    def cancel(self, *runs: int) -> Any:
+        return self._ask("cancel", acts.cancel_runs, runs)
+
+    def retry(self, *runs: int) -> Any:
+        return self._ask("retry", acts.retry_runs, runs)
+
+    def _ask(self, operation: str, act: Callable[..., acts.Moved], runs: Sequence[int]) -> acts.Moved | None:
+        calls = [Call(operation, i) for i in runs]
+        moved = self.history.call(calls, lambda: self.act(lambda tx: act(tx, runs, ACTOR)))
+        for call in calls:
+            if moved is not None and call.target in moved.refused:
+                call.outcome = "failed"
+        return moved
 
     # --- what is seen ---
 
@@ -196,37 +243,33 @@ class World:
 
     def executions(self) -> Counter[tuple[str, ...]]:
         """(step, unit, run, attempt) → how often a job did its work, as the jobs themselves wrote it."""
-        return Counter(tuple(x.split()[:4]) for x in self.ledger.read_text().splitlines())
-
-    def assert_quiet(self) -> None:
-        """Nothing is left over: no pending event, no lease, no backlog, no message in anybody's hands."""
-        wait_until(lambda: not self.query("SELECT 1 FROM event WHERE done_at IS NULL"), what="no event is pending")
-        wait_until(lambda: not self.query("SELECT 1 FROM task WHERE state = 'leased'"), what="no lease is held")
-        bus = open_bus(self.settings)
-        for key in bus.client.scan_iter("wfm:*"):
-            if bus.client.type(key) == b"stream" and not key.endswith(b":events"):
-                wait_until(lambda key=key: bus.client.xlen(key) == 0, what=f"{key} is empty")
-                for group in bus.client.xinfo_groups(key):
-                    assert group["pending"] == 0, (key, group)
-
-    def assert_history(self) -> None:
-        """Every run's history is gap-free and ends in its state."""
-        rows = self.query(
-            """
-            SELECT r.id FROM run r WHERE r.version <> (SELECT count(*) FROM transition t WHERE t.run_id = r.id)
-                OR r.version <> (SELECT max(version) FROM transition t WHERE t.run_id = r.id)
-                OR r.state <> (SELECT dest FROM transition t WHERE t.run_id = r.id ORDER BY version DESC LIMIT 1)
-            """
+        return Counter(
+            (x.more["step"], x.more["unit"], str(x.run), str(x.attempt))
+            for x in self.ledger.lines()
+            if x.kind == "job" and x.phase == "begin"
         )
-        assert not rows
+
+    def check(self, **expected: Any) -> Report:
+        """Everything that must hold once nothing moves any more; see `tests.faults.checker.check`."""
+        return check(self, **expected)
+
+    def lives(self, consumer: str) -> bool:
+        """Whether who reads under this name is at work, or was killed by the test."""
+        pid = int(consumer.split(":")[1])
+        if pid == os.getpid():
+            return consumer in {s.bus.consumer for s in self._services}
+        return pid in self.killed or any(p.pid == pid and p.poll() in (None, -signal.SIGKILL) for p in self._processes)
 
     # --- the roles ---
 
     @contextmanager
     def roles(self, *which: Role, copies: int = 1) -> Iterator[list[Service]]:
         """Roles as threads of this process."""
-        services = [build(self.settings, r, slots=4) for r in (which or tuple(Role)) for _ in range(copies)]
+        services = [
+            record(build(self.settings, r, slots=4), self.ledger) for r in (which or tuple(Role)) for _ in range(copies)
+        ]
         threads = [threading.Thread(target=s.run, name=str(s.work.role)) for s in services]
+        self._services += services
         for t in threads:
             t.start()
         try:
@@ -237,16 +280,18 @@ class World:
             for t in threads:
                 t.join(timeout=30)
             assert not any(t.is_alive() for t in threads), "a role did not stop"
+            self._services = [s for s in self._services if s not in services]
 
-    def spawn(self, role: Role, **environ: str) -> subprocess.Popen[bytes]:
-        """A role as a process of its own."""
-        log = open(self.directory / f"{role}.log", "ab")  # noqa: SIM115 - belongs to the child
-        with log:
-            return subprocess.Popen(
-                [sys.executable, "-P", "-m", "wfm", role],
+    def spawn(self, role: Role, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
+        """A role as a process of its own; see `tests.faults.role`."""
+        with open(self.directory / f"{role}.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.role", role, "--ledger", str(self.ledger.path), *arguments],
                 env={**os.environ, **self.environ, **environ},
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                cwd=self.directory,
+                cwd=REPOSITORY,
             )
+        self._processes.append(process)
+        return process

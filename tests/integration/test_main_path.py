@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.checker import EFFECTS
 from tests.harness import ACTOR, wait_until
 from wfm import acts
 from wfm.model import Role
@@ -32,14 +33,13 @@ def test_a_package_becomes_a_product(world):
     with world.roles():
         world.register(world.package("a"))
         wait_until(lambda: world.all_covered(1), what="covered")
-        world.assert_quiet()
+        world.check()
     (run,) = world.runs()
     assert (run.state, run.attempt, run.exit_code) == ("COMPLETED", 1, 0)
     products = world.query("SELECT * FROM data_product WHERE type = 'SCIENCE'")
     path = os.path.join(run.job["directory"], products[0].path)
     assert Path(path).read_text() == "data of a\n"
     assert done_once(world) == 1
-    world.assert_history()
 
 
 def test_two_steps_fan_in_runs_once_for_a_registration_and_late_data_reruns_what_it_touches(world):
@@ -52,14 +52,13 @@ def test_two_steps_fan_in_runs_once_for_a_registration_and_late_data_reruns_what
         world.register(world.package("late"))
         wait_until(lambda: world.all_covered(14), what="all covered again")
         assert world.states() == {("one", "COMPLETED"): 13, ("two", "COMPLETED"): 2}
-        world.assert_quiet()
+        world.check()
     second = [r for r in world.runs() if r.step == "two"][-1]
     old = world.query("SELECT superseded_by FROM data_product WHERE run_id = :id", id=first.id)
     assert {p.superseded_by for p in old} == {second.id}
     inputs = world.query("SELECT 1 FROM run_input WHERE run_id = :id", id=second.id)
     assert len(inputs) == 13
     assert done_once(world) == 15
-    world.assert_history()
 
 
 def test_what_one_transaction_registers_is_decided_on_as_a_whole(world):
@@ -68,7 +67,7 @@ def test_what_one_transaction_registers_is_decided_on_as_a_whole(world):
     world.pipeline("p", [{"name": "one", "group_by": []}])
     with world.roles(Role.TRIGGER_MANAGER) as services:
         wait_until(lambda: world.query("SELECT 1 FROM task WHERE kind = 'reconcile' AND due_at > now()"))
-        world.assert_quiet()
+        world.check()
         world.register(*(world.package(f"a{i}") for i in range(10)))
         wait_until(world.runs)
         wait_until(lambda: services[0].bus.backlog(["data.arrived"])["data.arrived"] == 0)
@@ -97,7 +96,7 @@ def test_the_door_for_other_systems_takes_names_and_ids_and_repetition(world):
         for body in (b'{"raw_data_package": "a"}', b'{"raw_data_package": 1}', b'{"raw_data_package": "nobody"}'):
             client.xadd("wfm:{1}:data.arrived", {"event": body})
         wait_until(lambda: client.xlen("wfm:{1}:data.arrived") == 0)
-        world.assert_quiet()
+        world.check()
     assert len(world.runs()) == 1
 
 
@@ -121,7 +120,7 @@ def test_new_software_new_config_and_changed_data_make_exactly_the_units_stale(w
             """
         )
         wait_until(lambda: len(world.runs()) == 7 and world.all_covered(2))
-        world.assert_quiet()
+        world.check()
     reasons = [r.reason for r in world.query("SELECT reason FROM transition WHERE trigger = 'create' ORDER BY run_id")]
     assert reasons[2] == "stale: newer input"
     assert reasons[3] == "stale: the config has a newer revision"
@@ -153,11 +152,11 @@ def test_a_failed_attempt_is_repeated_as_often_as_allowed_and_again_when_asked(w
         wait_until(lambda: world.states()["one", "FAILED"] == 1)
         (run,) = world.runs()
         assert run.attempt == 3
-        result = world.act(lambda tx: acts.retry_runs(tx, [run.id], ACTOR))
+        result = world.retry(run.id)
         assert not result.refused
         wait_until(lambda: world.runs()[0].attempt == 6 and world.runs()[0].state == "FAILED")
+        world.check()
     assert done_once(world) == 6
-    world.assert_history()
 
 
 def test_a_run_that_waits_for_its_next_attempt_says_what_went_wrong(world):
@@ -170,7 +169,7 @@ def test_a_run_that_waits_for_its_next_attempt_says_what_went_wrong(world):
         (run,) = world.runs()
         assert "another attempt" in run.waiting_for
         assert "3" in run.waiting_for
-        world.act(lambda tx: acts.cancel_runs(tx, [run.id], ACTOR))
+        world.cancel(run.id)
         wait_until(lambda: world.states()["one", "CANCELLED"] == 1)
     assert world.runs()[0].waiting_for == ""
 
@@ -193,7 +192,7 @@ def test_a_missing_file_a_wrong_checksum_and_a_missing_command_fail_with_a_clear
         world.register(world.package("good"), missing, world.package("bad", checksum="sha256:" + "0" * 64))
         wait_until(lambda: world.states()["one", "FAILED"] == 2 and world.states()["one", "COMPLETED"] == 1)
         wait_until(lambda: world.states()["gone", "FAILED"] == 1)
-        world.assert_quiet()
+        world.check()
     messages = {(r.step, r.unit.split("-")[0]): r.message for r in world.runs() if r.state == "FAILED"}
     assert "raw.txt" in messages["one", "missing"]
     assert "instead of sha256:0000" in messages["one", "bad"]
@@ -207,16 +206,16 @@ def test_cancel_stops_the_job_and_is_confirmed_and_blocks_until_asked(world):
     world.pipeline("p", [{**ONE[0], "config": "c"}])
     with world.roles():
         world.register(world.package("a"))
-        wait_until(lambda: world.states()["one", "RUNNING"] == 1 and world.ledger.read_text())
+        wait_until(lambda: world.states()["one", "RUNNING"] == 1 and world.executions())
         (run,) = world.runs()
-        pid = int(world.ledger.read_text().split()[4])
-        world.act(lambda tx: acts.cancel_runs(tx, [run.id], ACTOR))
+        pid = world.ledger.lines()[-1].pid
+        world.cancel(run.id)
         wait_until(lambda: world.runs()[0].state == "CANCELLED")
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
         wait_until(lambda: world.coverage()["one", run.unit].why == "cancelled")
         assert "a test" in world.coverage()["one", run.unit].reason
-        world.assert_quiet()
+        world.check()
 
 
 def test_cancelling_before_anything_was_staged_needs_no_job(world):
@@ -225,11 +224,11 @@ def test_cancelling_before_anything_was_staged_needs_no_job(world):
         world.register(world.package("a"))
         wait_until(lambda: world.states()["one", "STAGING_DATA"] == 1)
     (run,) = world.runs()
-    world.act(lambda tx: acts.cancel_runs(tx, [run.id], ACTOR))
+    world.cancel(run.id)
     assert world.states() == {("one", "CANCELLING"): 1}
     with world.roles():
         wait_until(lambda: world.states()["one", "CANCELLED"] == 1)
-        world.assert_quiet()
+        world.check()
     assert not world.executions()
 
 
@@ -239,16 +238,16 @@ def test_a_job_that_vanished_is_fenced_and_repeated_after_a_grace_period(world):
     world.pipeline("p", [{**ONE[0], "config": "c", "max_retries": 1}])
     with world.roles():
         world.register(world.package("a"))
-        wait_until(lambda: world.states()["one", "RUNNING"] == 1 and world.ledger.read_text())
+        wait_until(lambda: world.states()["one", "RUNNING"] == 1 and world.executions())
         supervisor = int(world.runs()[0].handle.split(":")[0])
         os.kill(supervisor, signal.SIGKILL)
         wait_until(lambda: world.runs()[0].attempt == 2 and len(world.executions()) == 2)
         reasons = world.query("SELECT message FROM run")
         assert "vanished" in reasons[0].message
-        world.act(lambda tx: acts.cancel_runs(tx, [world.runs()[0].id], ACTOR))
+        world.cancel(world.runs()[0].id)
         wait_until(lambda: world.states()["one", "CANCELLED"] == 1)
+        world.check()
     done_once(world)
-    world.assert_history()
 
 
 def test_a_run_whose_task_and_message_are_gone_is_found_by_looking_again(world):
@@ -339,7 +338,7 @@ def test_garbage_goes_to_the_dead_letters_and_harms_no_neighbour(world):
         client.xadd("wfm:{1}:job.built", {"something": b"else"})
         world.register(world.package("a"))
         wait_until(lambda: world.all_covered(1))
-        world.assert_quiet()
+        world.check(dead_letters=2)
     dead = world.query("SELECT stream, reason, body FROM dead_letter ORDER BY id")
     assert [bytes(d.body) for d in dead] == [b"\xff\x00garbage", b'{"raw_data_package": [1]}']
     assert all("cannot be decoded" in d.reason for d in dead)
@@ -357,7 +356,7 @@ def test_redis_emptied_again_and_again_changes_nothing(world):
         while not world.all_covered(9):
             client.flushdb()
             time.sleep(0.1)
-        world.assert_quiet()
+        world.check()
     assert world.states() == {("one", "COMPLETED"): 8, ("two", "COMPLETED"): 1}
     assert done_once(world) == 9
 
@@ -368,10 +367,9 @@ def test_several_copies_of_every_role_do_nothing_twice(world):
         for i in range(5):
             world.register(*(world.package(f"a{i}{j}") for j in range(4)))
         wait_until(lambda: world.all_covered(21))
-        world.assert_quiet()
+        world.check()
     done_once(world)
     assert world.states()["one", "COMPLETED"] == 20
-    world.assert_history()
 
 
 @pytest.mark.parametrize("role", [*Role, None], ids=lambda r: str(r or "all"))
@@ -390,7 +388,7 @@ def test_kill_nine_and_start_again(world, role):
                 processes[victim].wait(timeout=10)
                 processes[victim] = world.spawn(victim)
         wait_until(lambda: world.all_covered(13), 120, what="all covered")
-        world.assert_quiet()
+        world.check(repeats=EFFECTS)
     finally:
         for p in processes.values():
             p.terminate()
@@ -398,7 +396,6 @@ def test_kill_nine_and_start_again(world, role):
             assert p.wait(timeout=15) == 0
     assert world.states() == {("one", "COMPLETED"): 12, ("two", "COMPLETED"): 1}
     assert done_once(world) == 13
-    world.assert_history()
 
 
 def test_sigterm_hands_back_what_is_in_hand_and_the_next_one_goes_on(world):
@@ -416,6 +413,7 @@ def test_sigterm_hands_back_what_is_in_hand_and_the_next_one_goes_on(world):
         assert not world.query("SELECT 1 FROM task WHERE state = 'leased'")
         processes = [world.spawn(r) for r in Role]
         wait_until(lambda: world.all_covered(1))
+        world.check()
     finally:
         for p in processes:
             p.terminate()
