@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from wfm.cli import context, output
-from wfm.errors import NotFoundError, UsageError
+from wfm.errors import NotFoundError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from wfm.views import EventLine
@@ -302,7 +302,10 @@ def resend(letters: tuple[int, ...], reason: str) -> None:
 
     with context.deployment() as d, d.store.begin() as tx:
         n = acts.resend_dead(tx, letters, context.actor(reason))
-        d.send(tx.outbox)  # before the commit: the ledger does not know them all
+        # Before the commit: the ledger does not know them all.
+        if kept := d.send(tx.outbox):
+            kinds = ", ".join(sorted({m.type for m in kept}))
+            raise UnavailableError(f"the stream of {kinds} is full; nothing is marked as sent, try again later")
     click.echo(f"sent {output.plural(n, 'message')} again")
 
 
