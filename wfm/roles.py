@@ -213,23 +213,26 @@ class TriggerManager(_Quiet):
         Folding all recorded arrivals before anything is decided keeps a coarse unit from running with half of what one
         transaction registered. Waits for a copy of this role that is folding them, rather than skipping its rows.
         """
-        rows = tx.all(
+        (recorded,) = tx.all(
             """
-            SELECT id, (body ->> 'raw_data_package')::bigint AS package FROM event
-            WHERE location_id = :loc AND recipient = :role AND type = 'data.arrived' AND done_at IS NULL
-                AND failures = 0 AND jsonb_typeof(body -> 'raw_data_package') = 'number'
-            ORDER BY id FOR NO KEY UPDATE
+            WITH arrived AS MATERIALIZED (
+                SELECT id FROM event
+                WHERE location_id = :loc AND recipient = :role AND type = 'data.arrived' AND done_at IS NULL
+                    AND failures = 0 AND jsonb_typeof(body -> 'raw_data_package') = 'number'
+                ORDER BY id FOR NO KEY UPDATE),
+            done AS (UPDATE event e SET done_at = now() FROM arrived a WHERE a.id = e.id
+                RETURNING (body ->> 'raw_data_package')::bigint AS package)
+            SELECT coalesce(array_agg(DISTINCT package), '{}') AS packages FROM done
             """,
             loc=self.location,
             role=self.role,
         )
-        tx.mark_done([r.id for r in rows])
         found = tx.all(
             "SELECT id FROM raw_data_package WHERE id = ANY(:ids) OR name = ANY(:names)",
             ids=[n for n in named if isinstance(n, int)],
             names=[n for n in named if isinstance(n, str)],
         )
-        return {r.package for r in rows} | {r.id for r in found}
+        return {*recorded.packages, *(r.id for r in found)}
 
     def _everything(self, tx: Tx, pipelines: Iterable[int] | None) -> set[gaps.Pair]:
         """All pairs of these pipelines (of all, for None), with every package of the catalogue folded."""
