@@ -1,9 +1,9 @@
 """Redis Streams, as carriers of hints.
 
 One stream for each event type with a recipient (``wfm:{<location>}:<type>``), with one consumer group (the recipient
-role); acknowledged entries are deleted, so a stream's length is its backlog. Beside them ``wfm:{<location>}:events``,
-capped, with a copy of everything for anybody. Needs no command newer than Redis 6.2; touches no key but ours, and
-those that somebody names for a copy of the log.
+role); acknowledged entries are deleted, so a stream's length is its backlog. At the high-water mark it takes no more.
+Beside them ``wfm:{<location>}:events``, capped, with a copy of everything for anybody. Needs no command newer than
+Redis 6.2; touches no key but ours, and those that somebody names for a copy of the log.
 
 A random ``life`` key stands beside the streams: when it is gone, Redis was emptied and the ledger is published again.
 """
@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import redis
@@ -30,6 +30,9 @@ from wfm.events import TYPES, Message
 log = logging.getLogger(__name__)
 
 FIELD = b"event"
+
+PAGE = 500
+"""Messages written in one round trip."""
 
 __all__ = ["Bus", "Entry", "RedisError", "connect"]
 
@@ -82,10 +85,18 @@ class Bus:
         location_id: see above.
         group: the role that reads. streams: the event types it reads.
         public_length: about how many entries the public stream keeps.
+        high_water: how many entries the other streams hold at most.
     """
 
     def __init__(
-        self, client: redis.Redis, location_id: int, group: str = "", streams: Sequence[str] = (), *, public_length: int
+        self,
+        client: redis.Redis,
+        location_id: int,
+        group: str = "",
+        streams: Sequence[str] = (),
+        *,
+        public_length: int,
+        high_water: int,
     ) -> None:
         self.client = client
         self.group = group
@@ -93,14 +104,23 @@ class Bus:
         self.streams = [self.prefix + s for s in streams]
         self.consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.public_length = public_length
+        self.high_water = high_water
+        self._lengths: dict[str, int] = {}
         self._claim_from = dict.fromkeys(self.streams, b"0-0")
 
     # --- writing ---
 
-    def send(self, messages: Sequence[Message], done: Sequence[Entry] = ()) -> None:
-        """Publish, acknowledge and delete in one round trip."""
+    def send(self, messages: Sequence[Message], done: Sequence[Entry] = ()) -> list[Message]:
+        """Acknowledge, delete and publish, in one round trip for each `PAGE` of messages.
+
+        A stream at its mark takes no more: its reader has enough to wake up by. Writers that know its length from the
+        same moment can go over the mark by a page each.
+
+        Returns:
+            the messages that were kept from their streams. The public stream, which is capped, shows them all the same.
+        """
         if not messages and not done:
-            return
+            return []
         pipe = self.client.pipeline(transaction=False)
         by_stream: dict[str, list[str]] = {}
         for entry in done:
@@ -108,14 +128,37 @@ class Bus:
         for stream, ids in by_stream.items():
             pipe.xack(stream, self.group, *ids)
             pipe.xdel(stream, *ids)
-        for m in messages:
-            if m.recipient:
-                pipe.xadd(self.prefix + m.type, {FIELD: m.body})
-            if m.id is not None:
-                pipe.xadd(self.prefix + "events", {FIELD: m.body}, maxlen=self.public_length, approximate=True)
-        errors = [r for r in pipe.execute(raise_on_error=False) if isinstance(r, RedisError)]
+        kept: list[Message] = []
+        for start in range(0, max(len(messages), 1), PAGE):
+            page = messages[start : start + PAGE]
+            room = self._room({m.type for m in page if m.recipient})
+            for m in page:
+                if m.recipient and room[m.type] > 0:
+                    pipe.xadd(self.prefix + m.type, {FIELD: m.body})
+                    room[m.type] -= 1
+                elif m.recipient:
+                    kept.append(m)
+                if m.id is not None:
+                    pipe.xadd(self.prefix + "events", {FIELD: m.body}, maxlen=self.public_length, approximate=True)
+            self._execute(pipe, list(room))
+        return kept
+
+    def _execute(self, pipe: Any, kinds: Sequence[str]) -> None:
+        """Send what is in the pipe, and learn how long these streams are now."""
+        for kind in kinds:
+            pipe.xlen(self.prefix + kind)
+        replies = pipe.execute(raise_on_error=False)
+        errors = [r for r in replies if isinstance(r, RedisError)]
         if errors:
             raise errors[0]
+        self._lengths.update(zip(kinds, replies[len(replies) - len(kinds) :], strict=True))
+
+    def _room(self, kinds: Collection[str]) -> dict[str, int]:
+        """How many more entries these streams take. Asks only where a stream was full or is not known."""
+        unsure = [k for k in kinds if self._lengths.get(k, self.high_water) >= self.high_water]
+        if unsure:
+            self.backlog(unsure)
+        return {k: self.high_water - self._lengths[k] for k in kinds}
 
     def append(self, stream: str, bodies: Sequence[bytes]) -> None:
         """Append messages to a stream of somebody else (see `check_foreign`), in one round trip.
@@ -137,7 +180,9 @@ class Bus:
         pipe = self.client.pipeline(transaction=False)
         for kind in kinds:
             pipe.xlen(self.prefix + kind)
-        return dict(zip(kinds, pipe.execute(), strict=True))
+        lengths = dict(zip(kinds, pipe.execute(), strict=True))
+        self._lengths |= lengths
+        return lengths
 
     # --- reading ---
 

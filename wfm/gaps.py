@@ -39,6 +39,7 @@ Pair = tuple[int, int]
 """(step id, unit id)"""
 
 CHUNK = 1000
+"""Pairs that are evaluated, and packages that are folded, at once: what a flood costs in memory besides their ids."""
 
 
 # --- fold ---
@@ -73,14 +74,21 @@ def fold(tx: Tx, location_id: int, packages: Collection[int], pipelines: Collect
     if not ids:
         return touched
     for pipeline in _pipelines(tx, location_id, pipelines):
-        unit_of: dict[str, dict[int, int]] = {}
-        shrunk: set[int] = set()
-        for dims, group_by in {s.dims: s.group_by for s in pipeline.steps}.items():
-            members, changed, lost = _fold_dims(tx, pipeline, dims, group_by, ids)
-            unit_of[dims] = members
-            shrunk |= lost
-            touched |= {(s.id, u) for s in pipeline.steps if s.dims == dims for u in changed}
-        _fold_edges(tx, pipeline.nested, unit_of, shrunk)
+        for start in range(0, len(ids), CHUNK):
+            touched |= _fold(tx, pipeline, ids[start : start + CHUNK])
+    return touched
+
+
+def _fold(tx: Tx, pipeline: _Pipeline, ids: Sequence[int]) -> set[Pair]:
+    touched: set[Pair] = set()
+    unit_of: dict[str, dict[int, int]] = {}
+    shrunk: set[int] = set()
+    for dims, group_by in {s.dims: s.group_by for s in pipeline.steps}.items():
+        members, changed, lost = _fold_dims(tx, pipeline, dims, group_by, ids)
+        unit_of[dims] = members
+        shrunk |= lost
+        touched |= {(s.id, u) for s in pipeline.steps if s.dims == dims for u in changed}
+    _fold_edges(tx, pipeline.nested, unit_of, shrunk)
     return touched
 
 
@@ -538,14 +546,16 @@ def _without_copies(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, tuple[str, ...]
         return {}
     rows = tx.all(
         """
-        SELECT q.step_id, q.unit_id, array_agg(p.name ORDER BY p.name) AS names
+        SELECT q.step_id, q.unit_id, m.names
         FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
-        JOIN unit_member m ON m.unit_id = q.unit_id AND m.removed IS NULL
-        JOIN raw_data_package p ON p.id = m.package_id
-        WHERE NOT EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = q.step_id)
-            AND NOT EXISTS (SELECT 1 FROM physical_copy c JOIN data_location l ON l.id = c.location_id
-                WHERE c.package_id = p.id AND c.status IN ('present', 'staged') AND l.storage = 'disk')
-        GROUP BY 1, 2
+        CROSS JOIN LATERAL (
+            -- In WHERE, "removed IS NULL" would have each unit's members looked for in the index of all packages.
+            SELECT array_agg(p.name ORDER BY p.name) FILTER (WHERE m.removed IS NULL) AS names FROM unit_member m
+            JOIN raw_data_package p ON p.id = m.package_id
+            WHERE m.unit_id = q.unit_id
+                AND NOT EXISTS (SELECT 1 FROM physical_copy c JOIN data_location l ON l.id = c.location_id
+                    WHERE c.package_id = p.id AND c.status IN ('present', 'staged') AND l.storage = 'disk')) m
+        WHERE m.names IS NOT NULL AND NOT EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = q.step_id)
         """,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],

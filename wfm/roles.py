@@ -213,23 +213,26 @@ class TriggerManager(_Quiet):
         Folding all recorded arrivals before anything is decided keeps a coarse unit from running with half of what one
         transaction registered. Waits for a copy of this role that is folding them, rather than skipping its rows.
         """
-        rows = tx.all(
+        (recorded,) = tx.all(
             """
-            SELECT id, (body ->> 'raw_data_package')::bigint AS package FROM event
-            WHERE location_id = :loc AND recipient = :role AND type = 'data.arrived' AND done_at IS NULL
-                AND failures = 0 AND jsonb_typeof(body -> 'raw_data_package') = 'number'
-            ORDER BY id FOR NO KEY UPDATE
+            WITH arrived AS MATERIALIZED (
+                SELECT id FROM event
+                WHERE location_id = :loc AND recipient = :role AND type = 'data.arrived' AND done_at IS NULL
+                    AND failures = 0 AND jsonb_typeof(body -> 'raw_data_package') = 'number'
+                ORDER BY id FOR NO KEY UPDATE),
+            done AS (UPDATE event e SET done_at = now() FROM arrived a WHERE a.id = e.id
+                RETURNING (body ->> 'raw_data_package')::bigint AS package)
+            SELECT coalesce(array_agg(DISTINCT package), '{}') AS packages FROM done
             """,
             loc=self.location,
             role=self.role,
         )
-        tx.mark_done([r.id for r in rows])
         found = tx.all(
             "SELECT id FROM raw_data_package WHERE id = ANY(:ids) OR name = ANY(:names)",
             ids=[n for n in named if isinstance(n, int)],
             names=[n for n in named if isinstance(n, str)],
         )
-        return {r.package for r in rows} | {r.id for r in found}
+        return {*recorded.packages, *(r.id for r in found)}
 
     def evaluate_due(self, tx: Tx) -> After:
         """Coverage whose time has come: a cooldown is over, a copy may be back."""
@@ -309,7 +312,6 @@ class WorkflowManager(_Quiet):
         self.limit = limit
         self.sweeps = [
             Sweep("admission", settings.sweep_seconds, self.admit),
-            Sweep("look again", 5.0, look_again(self.role, self.location)),
         ]
 
     def handle(self, tx: Tx, events: Sequence[Event]) -> After:
@@ -317,6 +319,13 @@ class WorkflowManager(_Quiet):
 
     def admit(self, tx: Tx) -> After:
         """Start what fits. Which runs those are is a question to Postgres, not to the order of a stream."""
+        # That a run is PENDING says only "look". What was said before this look is answered by it, published or not.
+        tx.run(
+            "UPDATE event SET done_at = now()"
+            " WHERE location_id = :loc AND type = 'gap.detected' AND recipient = :role AND done_at IS NULL",
+            loc=self.location,
+            role=self.role,
+        )
         if not tx.all("SELECT 1 FROM run WHERE location_id = :loc AND state = 'PENDING' LIMIT 1", loc=self.location):
             return None
         tx.run("SELECT 1 FROM data_location WHERE id = :loc FOR NO KEY UPDATE", loc=self.location)
@@ -328,36 +337,57 @@ class WorkflowManager(_Quiet):
             loc=self.location,
             states=sorted(HOLDS_SLOT),
         )[0]
-        candidates = tx.all(
-            """
-            SELECT r.id, r.cpu, r.memory_gb, r.waiting_for, p.enabled, p.paused_by, s.paused_by AS step_paused_by
-            FROM run r JOIN pipeline p ON p.id = r.pipeline_id JOIN reduction_step s ON s.id = r.step_id
-            WHERE r.location_id = :loc AND r.state = 'PENDING'
-            ORDER BY NOT p.enabled OR p.paused_by <> '' OR s.paused_by <> ''
-                    OR r.cpu > :cpu OR r.memory_gb > :memory_gb,
-                r.priority DESC, r.id
-            LIMIT :most FOR NO KEY UPDATE OF r SKIP LOCKED
-            """,
-            loc=self.location,
-            cpu=math.inf if self.limit.cpu is None else self.limit.cpu,
-            memory_gb=math.inf if self.limit.memory_gb is None else self.limit.memory_gb,
-            most=CANDIDATES,
-        )
+        candidates = self._candidates(tx)
         pending = [PendingRun(c.id, c.cpu, c.memory_gb, _pause(c)) for c in candidates]
         chosen, waiting = admit(pending, Capacity(used.runs, used.cpu, used.memory_gb), self.limit)
         said = {c.id: c.waiting_for for c in candidates}
         news = {i: text for i, text in waiting.items() if said[i] != text}
-        if news:
+        # Whoever holds one of these is about to change it: it is looked at another time.
+        mine = {
+            r.id
+            for r in tx.all(
+                "SELECT id FROM run WHERE id = ANY(:ids) AND state = 'PENDING'"
+                " ORDER BY id FOR NO KEY UPDATE SKIP LOCKED",
+                ids=[*chosen, *news],
+            )
+        }
+        if mine & news.keys():
             tx.run(
                 """
                 UPDATE run r SET waiting_for = w.reason
                 FROM unnest(CAST(:ids AS bigint[]), CAST(:reasons AS text[])) AS w(id, reason) WHERE r.id = w.id
                 """,
-                ids=list(news),
-                reasons=list(news.values()),
+                ids=[i for i in news if i in mine],
+                reasons=[text for i, text in news.items() if i in mine],
             )
-        self._build(tx, chosen)
+        self._build(tx, [i for i in chosen if i in mine])
         return None
+
+    def _candidates(self, tx: Tx) -> list[Any]:
+        """The first of the PENDING runs that can start; where there is place left, others, to be told why they wait."""
+        can_start = (
+            "p.enabled AND p.paused_by = '' AND s.paused_by = '' AND r.cpu <= :cpu AND r.memory_gb <= :memory_gb"
+        )
+        first = self._first(tx, can_start, CANDIDATES)
+        others = self._first(tx, f"NOT ({can_start})", CANDIDATES - len(first)) if len(first) < CANDIDATES else ()
+        return [*first, *others]
+
+    def _first(self, tx: Tx, which: str, most: int) -> Sequence[Any]:
+        """Of each step those at the front are read from an index: how many wait behind them costs nothing."""
+        return tx.all(
+            f"""
+            SELECT r.id, r.cpu, r.memory_gb, r.waiting_for, p.enabled, p.paused_by, s.paused_by AS step_paused_by
+            FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
+            CROSS JOIN LATERAL (SELECT * FROM run r
+                WHERE r.location_id = :loc AND r.step_id = s.id AND r.state = 'PENDING' AND {which}
+                ORDER BY r.priority DESC, r.id LIMIT :most) r
+            ORDER BY r.priority DESC, r.id LIMIT :most
+            """,
+            loc=self.location,
+            cpu=math.inf if self.limit.cpu is None else self.limit.cpu,
+            memory_gb=math.inf if self.limit.memory_gb is None else self.limit.memory_gb,
+            most=most,
+        )
 
     def _build(self, tx: Tx, ids: Sequence[int]) -> None:
         """Fix version, command, inputs and directory of admitted runs, and hand them to the workers."""

@@ -446,6 +446,14 @@ run = Table(
     CheckConstraint("attempt >= 1 AND version >= 1 AND failures >= 0", name="counts"),
     Index("uq_run_active", "step_id", "unit_id", unique=True, postgresql_where=text(f"state NOT IN ({_FINAL})")),
     Index("ix_run_wanted", "step_id", "unit_id", "wanted"),
+    Index(
+        "ix_run_pending",
+        "location_id",
+        "step_id",
+        text("priority DESC"),
+        "id",
+        postgresql_where=text("state = 'PENDING'"),
+    ),
     Index("ix_run_state", "location_id", "state", "due_at", postgresql_where=text(f"state NOT IN ({_FINAL})")),
 )
 
@@ -492,7 +500,7 @@ event = Table(
     _time("done_at"),
     Column("txid", Xid8(), nullable=False, server_default=text("pg_current_xact_id()")),
     UniqueConstraint("run_id", "run_version", "type", "recipient"),
-    Index("ix_event_pending", "location_id", "recipient", "publish_at", postgresql_where=text("done_at IS NULL")),
+    Index("ix_event_pending", "location_id", "type", "publish_at", postgresql_where=text("done_at IS NULL")),
     Index("ix_event_txid", "txid", "id"),
 )
 

@@ -282,7 +282,8 @@ class Service:
     # --- Redis ---
 
     def _send(self, outbox: Sequence[events.Message], done: Sequence[Entry]) -> None:
-        """Publish and acknowledge, at best: what fails here stays pending in the ledger or in the group."""
+        """Publish and acknowledge, at best: what fails here, or finds its stream full, stays pending in the ledger or
+        in the group."""
         hints = {m.type: m for m in outbox if m.id is None}
         messages = [m for m in outbox if m.id is not None] + list(hints.values())
         try:
@@ -304,8 +305,8 @@ class Service:
             n = tx.republish_all(location)
             log.warning("Redis is empty; publishing %d pending events again", n)
         self._life = life
-        full = [kind for kind, n in backlog.items() if n > self.settings.stream_high_water]
-        tx.due_events(location, self.settings.batch_size * 5, full)
+        page = self.settings.batch_size * 5
+        tx.due_events(location, {k: min(page, self.settings.stream_high_water - n) for k, n in backlog.items()})
 
     def _read(self) -> None:
         """Bring messages to the inbox, one batch at a time, so that none ages here unread."""
@@ -394,6 +395,7 @@ def open_store(settings: Settings) -> Store:
         settings.database_schema,
         load_charts(),
         republish_seconds=settings.republish_seconds,
+        outbox_most=settings.stream_high_water,
     )
 
 
@@ -408,6 +410,7 @@ def open_bus(settings: Settings, role: Role | None = None, chart: Chart | None =
         role or "",
         streams,
         public_length=settings.public_stream_max_length,
+        high_water=settings.stream_high_water,
     )
 
 

@@ -3,7 +3,7 @@
 `Store.begin()` opens a transaction (`Tx`). A `Tx` changes many runs at once: callers lock them, decide in memory, and
 hand `Move`s to `Tx.move`, the only place where a run changes state. It applies the chart, and writes the runs, their
 history, the events that the chart emits, the tasks that the new states need, and the coverage of the runs' own units,
-each with one set-based statement. What has to be published after the commit is in `Tx.outbox`.
+each with one set-based statement. What has to be published after the commit is in `Tx.outbox`, which is bounded.
 
 Lock order everywhere: location (the slots), coverage, run, task, event, each by id.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -180,12 +181,16 @@ def encode(value: object) -> str:
 class Tx:
     """One transaction. Everything in it commits together or not at all."""
 
-    def __init__(self, conn: Connection, charts: Mapping[int, Chart], republish_seconds: float) -> None:
+    def __init__(
+        self, conn: Connection, charts: Mapping[int, Chart], republish_seconds: float, outbox_most: int = 10_000
+    ) -> None:
         self.conn = conn
         self.charts = charts
         self.chart = charts[max(charts)]
         self.republish_seconds = republish_seconds
+        self.outbox_most = outbox_most
         self.outbox: list[Message] = []
+        self._published: Counter[str] = Counter()
 
     def chart_of(self, run: RunRow) -> Chart:
         """The chart that a run's present attempt began with; used versions stay loadable."""
@@ -456,17 +461,30 @@ class Tx:
         )
 
     def _write_events(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.outbox.extend(message(row) for row in insert_events(self.conn, rows, self.republish_seconds))
+        self._publish(insert_events(self.conn, rows, self.republish_seconds))
+
+    def _publish(self, rows: Iterable[Any]) -> None:
+        """Put ledger rows into the outbox: of each type no more than a stream holds. The relay publishes the rest."""
+        for row in rows:
+            self._published[row.type] += 1
+            if self._published[row.type] <= self.outbox_most:
+                self.outbox.append(message(row))
 
     def load_events(self, ids: Sequence[int]) -> None:
         """Put ledger rows that other statements wrote in this transaction into the outbox."""
         if ids:
-            rows = self.all(
-                "SELECT id, type, recipient, body, created_at, actor, reason FROM event"
-                " WHERE id = ANY(:ids) ORDER BY id",
-                ids=list(ids),
+            self._publish(
+                self.all(
+                    """
+                    SELECT id, type, recipient, body, created_at, actor, reason
+                    FROM (SELECT *, row_number() OVER (PARTITION BY type ORDER BY id) AS n FROM event
+                        WHERE id = ANY(:ids)) e
+                    WHERE n <= :most ORDER BY id
+                    """,
+                    ids=list(ids),
+                    most=self.outbox_most,
+                )
             )
-            self.outbox.extend(message(row) for row in rows)
 
     def hint(self, event: Event, recipient: str) -> None:
         """Wake a role after the commit. There is no ledger row: a lost hint costs one sweep interval."""
@@ -483,28 +501,32 @@ class Tx:
         )
         return {r.id for r in rows}
 
-    def due_events(self, location_id: int, limit: int, full: Sequence[str] = ()) -> None:
+    def due_events(self, location_id: int, room: Mapping[str, int]) -> None:
         """Put events that were pending too long into the outbox, and back off their next turn.
 
-        Types in `full` are left out: their streams are long enough.
+        Args:
+            room: by type, how many; the others wait.
         """
+        room = {kind: n for kind, n in room.items() if n > 0}
         rows = self.all(
             """
             WITH due AS MATERIALIZED (
-                SELECT id FROM event WHERE location_id = :loc AND done_at IS NULL AND publish_at <= now()
-                    AND type <> ALL(:full)
-                ORDER BY publish_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+                SELECT e.id FROM unnest(CAST(:types AS text[]), CAST(:counts AS int[])) AS k(type, n)
+                CROSS JOIN LATERAL (
+                    SELECT id FROM event WHERE location_id = :loc AND type = k.type AND done_at IS NULL
+                        AND publish_at <= now()
+                    ORDER BY publish_at LIMIT k.n FOR UPDATE SKIP LOCKED) e)
             UPDATE event e SET publishes = publishes + 1,
                 publish_at = now() + :later * least(2 ^ publishes, 32) * interval '1 s'
             FROM due WHERE e.id = due.id
             RETURNING e.id, e.type, e.recipient, e.body, e.created_at, e.actor, e.reason
             """,
             loc=location_id,
-            limit=limit,
-            full=list(full),
+            types=list(room),
+            counts=list(room.values()),
             later=self.republish_seconds,
         )
-        self.outbox.extend(message(row) for row in sorted(rows, key=lambda r: r.id))
+        self._publish(sorted(rows, key=lambda r: r.id))
 
     def republish_all(self, location_id: int) -> int:
         """Redis was emptied: everything pending is due now."""
@@ -683,9 +705,18 @@ _RETRIED = {"40001", "40P01"}
 class Store:
     """The database of one deployment."""
 
-    def __init__(self, url: str, schema: str, charts: Mapping[int, Chart], *, republish_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        schema: str,
+        charts: Mapping[int, Chart],
+        *,
+        republish_seconds: float = 60.0,
+        outbox_most: int = 10_000,
+    ) -> None:
         self.charts = charts
         self.republish_seconds = republish_seconds
+        self.outbox_most = outbox_most
         self.schema = schema
         self.engine = connect(url, schema)
 
@@ -693,7 +724,7 @@ class Store:
     def begin(self) -> Iterator[Tx]:
         """A transaction: commits at the end of the block, rolls back when it raises."""
         with self.engine.begin() as conn:
-            yield Tx(conn, self.charts, self.republish_seconds)
+            yield Tx(conn, self.charts, self.republish_seconds, self.outbox_most)
 
     def retrying(self, work: Callable[[Tx], T], attempts: int = 8) -> tuple[T, list[Message]]:
         """Run ``work(tx)`` in a transaction, again when it lost a deadlock; returns (value, outbox)."""
@@ -742,7 +773,10 @@ def connect(url: str, schema: str) -> Engine:
         with connection.cursor() as cursor:
             cursor.execute(
                 f"SET search_path TO \"{schema}\", pg_catalog; SET timezone TO 'UTC';"
-                f"SET lock_timeout TO '30s'; SET idle_in_transaction_session_timeout TO '{FROZEN_SECONDS}s'"
+                f"SET lock_timeout TO '30s'; SET idle_in_transaction_session_timeout TO '{FROZEN_SECONDS}s';"
+                # Nearly all we ask is looked up by key, and lies in memory. In one large transaction tables grow before
+                # they are analysed; with the default, each chunk would then read them whole.
+                "SET random_page_cost TO 1.1"
             )
         connection.commit()
 

@@ -23,8 +23,9 @@ from msgspec import Struct
 from sqlalchemy.exc import DBAPIError
 
 from wfm.decide import backoff
-from wfm.errors import HeldError, UnavailableError, WfmError
-from wfm.store import Move, RunRow, Store, TaskEnd, TaskRow, Tx, is_connection_error
+from wfm.errors import HeldError, RefusedError, UnavailableError, WfmError
+from wfm.model import FailureClass
+from wfm.store import Move, RunRow, Store, TaskEnd, TaskRow, Tx, failed, is_connection_error
 
 log = logging.getLogger(__name__)
 
@@ -269,11 +270,14 @@ class TaskRunner:
             elif o.task.run_id is not None:
                 held[o.task.run_id] = str(o.error)
         moves: list[Move] = []
+        shared: list[Move] = []
         for kind, group in good.items():
-            moves += self.kinds[kind].succeeded(tx, runs, group)
+            of_one_run = group[0].task.run_id is not None
+            (moves if of_one_run else shared).extend(self.kinds[kind].succeeded(tx, runs, group))
         for kind, group in bad.items():
             moves += self.kinds[kind].failed(tx, runs, group)
         _, refused = tx.move(moves)
+        refused |= _move_apart(tx, shared)
         for run, error in refused.items():
             log.info("run %s: %s", run, error)
         _say_waiting(tx, held)
@@ -323,6 +327,34 @@ class TaskRunner:
         """End the renewal of leases."""
         self._stop_renewing.set()
         self._renewer.join(timeout=5)
+
+
+def _move_apart(tx: Tx, moves: Sequence[Move]) -> dict[int, RefusedError]:
+    """Moves that one outcome makes for many runs: what cannot be written of one run fails it, and no other.
+
+    Returns:
+        the refusals of the chart, by run.
+    """
+    if not moves:
+        return {}
+    published = len(tx.outbox)
+    try:
+        with tx.conn.begin_nested():
+            return tx.move(moves)[1]
+    except DBAPIError as e:
+        if is_connection_error(e):
+            raise
+        del tx.outbox[published:]
+        if len(moves) == 1:
+            (m,) = moves
+            log.exception("what became of run %s cannot be written", m.run.id)
+            text = f"what became of it cannot be written down: {str(e.orig).splitlines()[0]}"
+            due_in = backoff(m.run.failures + 1, 10.0, 600.0)
+            return tx.move([failed(m.run, FailureClass.TASK, text, m.actor, due_in)])[1]
+    refused: dict[int, RefusedError] = {}
+    for m in moves:
+        refused |= _move_apart(tx, [m])
+    return refused
 
 
 def _say_waiting(tx: Tx, reasons: Mapping[int, str]) -> None:

@@ -17,7 +17,7 @@ def client(any_redis):
 
 
 def make(client, group="worker", streams=("job.built",)):
-    bus = Bus(client, 1, group, streams, public_length=1000)
+    bus = Bus(client, 1, group, streams, public_length=1000, high_water=1000)
     bus.join()
     return bus
 
@@ -53,15 +53,27 @@ def test_everything_with_a_ledger_row_is_on_the_public_stream_and_wakeups_are_no
     assert not client.exists("wfm:{1}:job.running")
 
 
+def test_a_stream_at_its_mark_takes_no_more_until_it_is_shorter(client):
+    bus, other = (Bus(client, 1, "worker", ["job.built"], public_length=10_000, high_water=700) for _ in range(2))
+    bus.join()
+    kept = bus.send([built(n) for n in range(1000)] + [Message("slot.freed", "workflow-manager", b"{}")])
+    assert [m.id for m in kept] == list(range(700, 1000))
+    assert bus.backlog(["job.built", "slot.freed", "events"]) == {"job.built": 700, "slot.freed": 1, "events": 1000}
+    assert other.send([built(1000)]) == [built(1000)], "another writer asks before it writes"
+    assert len(bus.send([built(1001)], bus.read(10, 0.1))) == 1, "what is acknowledged makes room for the next ones"
+    assert bus.send([built(n) for n in range(10)]) == []
+    assert bus.backlog(["job.built"]) == {"job.built": 700}
+
+
 def test_the_public_stream_is_capped(client):
-    bus = Bus(client, 1, "", (), public_length=100)
+    bus = Bus(client, 1, "", (), public_length=100, high_water=1000)
     for _ in range(20):
         bus.send([Message("job.running", "", b"{}", id=n) for n in range(100)])
     assert client.xlen("wfm:{1}:events") < 400
 
 
 def test_a_group_that_is_made_late_still_sees_older_entries(client):
-    Bus(client, 1, "", (), public_length=10).send([built(1)])
+    Bus(client, 1, "", (), public_length=10, high_water=1000).send([built(1)])
     assert len(make(client).read(10, 0.1)) == 1
 
 
@@ -157,4 +169,4 @@ def test_no_key_outside_ours_is_made(client):
 def test_a_key_of_the_wrong_type_is_an_error_not_a_silence(client):
     client.set("wfm:{1}:job.built", "x")
     with pytest.raises(RedisError):
-        Bus(client, 1, "worker", ["job.built"], public_length=10).join()
+        Bus(client, 1, "worker", ["job.built"], public_length=10, high_water=1000).join()

@@ -311,7 +311,7 @@ def _ended(record: _Record, handle: str, evidence: dict[str, Any]) -> Report:
     elif record.failure == "" and record.exit_code == 0:
         status = JobStatus.COMPLETED
     else:
-        status, failure = JobStatus.FAILED, FailureClass(record.failure)
+        status, failure = JobStatus.FAILED, FailureClass(record.failure or "exit")
     return Report(
         status,
         handle,

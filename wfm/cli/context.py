@@ -203,13 +203,13 @@ class Deployment:
         except RedisError as e:
             output.warn(f"committed, but Redis cannot be told now ({e}): the roles tell it when it is back")
 
-    def send(self, outbox: Sequence[Message]) -> None:
-        """Publish, or raise RedisError."""
+    def send(self, outbox: Sequence[Message]) -> list[Message]:
+        """Publish, or raise RedisError; returns what a full stream did not take."""
         from wfm.service import open_bus
 
         bus = open_bus(self.settings)
         with closing(bus.client):
-            bus.send(outbox)
+            return bus.send(outbox)
 
 
 @contextmanager

@@ -544,7 +544,10 @@ def resend(letters: tuple[int, ...], reason: str, as_json: bool) -> None:
 
     with context.deployment() as d, d.store.begin() as tx:
         n = acts.resend_dead(tx, d.location, letters, context.actor(reason))
-        d.send(tx.outbox)  # before the commit: the ledger does not know them all
+        # Before the commit: the ledger does not know them all.
+        if kept := d.send(tx.outbox):
+            kinds = ", ".join(sorted({m.type for m in kept}))
+            raise UnavailableError(f"the stream of {kinds} is full; nothing is marked as sent, try again later")
     output.done(as_json, {"resent": n}, f"sent {output.plural(n, 'message')} again")
 
 
