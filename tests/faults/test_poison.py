@@ -9,6 +9,7 @@ import pytest
 
 from tests.harness import wait_until
 from wfm import kinds
+from wfm.backends import runjob
 from wfm.roles import TriggerManager
 from wfm.service import open_bus
 
@@ -51,6 +52,8 @@ def test_a_record_that_makes_no_sense_fails_its_run_alone(world, poison, message
         world.pipeline("next", [{**ONE, "name": "two"}])
         wait_until(lambda: world.states()["two", "COMPLETED"] == 1, seconds=20)
         wait_until(lambda: world.states()["poisoned", "FAILED"] == 1, seconds=20)
+        Path(run.job["directory"], runjob.CANCELLED).touch()  # the job itself still runs: let it end
+        wait_until(lambda: not runjob.is_locked(run.job["directory"]))
     (run,) = (r for r in world.runs() if r.step == "poisoned")
     assert message in run.message
 
