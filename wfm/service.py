@@ -86,8 +86,9 @@ class Service:
     def run(self) -> None:
         """Work until told to stop; then finish or hand back what is in hand."""
         log.info("%s %s is at work", self.work.role, self.bus.consumer)
-        self._reader.start()
         try:
+            self._transact(lambda tx: None)  # who cannot reach Postgres takes no messages from others
+            self._reader.start()
             while not self.stopping.is_set():
                 self.turn(self._patience())
         except _StopError:

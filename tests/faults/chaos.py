@@ -81,7 +81,7 @@ class Copy:
 
     def revive(self) -> None:
         """What a service manager does."""
-        if self.victim.exit_code is not None:
+        if self.victim.poll() is not None:
             self.victim = self._start()
 
     def send(self, number: signal.Signals) -> None:

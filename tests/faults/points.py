@@ -61,7 +61,7 @@ def _outbox(arguments: tuple[Any, ...], result: Any) -> object:
     return any(m.id is not None for m in result[1])
 
 
-MARKED = Point("wfm.store:Tx.mark_done", "after", given=_entries)
+MARKED = Point("wfm.store:Tx.mark_done", "after", given=lambda arguments, result: arguments[1])
 LEASED = Point("wfm.store:Tx.claim_tasks", "after", TASKED, _entries)
 SETTLED = Point("wfm.tasks:TaskRunner.settle", "after", TASKED)
 BURIED = Point("wfm.store:Tx.bury", "after")
