@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -90,6 +91,10 @@ class Process(Protocol):
         """Its exit code; None while it lives."""
         ...
 
+    def wait(self) -> int:
+        """Its exit code, when it has ended."""
+        ...
+
 
 class World:
     def __init__(self, directory: Path, database_url: str, redis_url: str, **environ: str) -> None:
@@ -150,6 +155,11 @@ class World:
         return load(self.environ)
 
     def close(self) -> None:
+        """Leave nothing behind, also when the test failed in the middle."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
         self.store.close()
 
     # --- what people do ---
