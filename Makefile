@@ -11,8 +11,9 @@ help: ## this list
 demo: $(VENV)/.demo ## real telescope data through a three-step pipeline to maps and plots
 	$(BIN)/wfm demo $(ARGS)
 
+# Most tests wait for processes most of the time: three at once take little longer than one.
 test: $(VENV)/.dev ## the whole suite, on real servers
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev ## style, strict types, import contract, statecharts
 	$(BIN)/ruff check .
