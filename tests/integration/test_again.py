@@ -220,7 +220,9 @@ def test_a_run_that_began_under_chart_1_goes_on_under_it_and_a_new_attempt_begin
         wait_until(lambda: world.all_covered(2))
         world.rest()
     assert [r.chart_version for r in world.runs()] == [2, 1]
-    assert [v for *_, v in history(world, first)[0]] == [1] * 6 + [2] * 6
+    charts = [v for *_, v in history(world, first)[0]]
+    assert charts == [1] * charts.count(1) + [2] * charts.count(2)
+    assert min(charts.count(1), charts.count(2)) >= 5  # a short job is never seen running
     assert verified(world) == []
 
 
