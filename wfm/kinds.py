@@ -447,10 +447,10 @@ def _register(tx: Tx, found: Sequence[tuple[RunRow, Collected]]) -> None:
         """
         WITH older AS MATERIALIZED (
             SELECT o.id, n.id AS newer, n.attempt FROM run n
-            JOIN run o ON (o.step_id, o.unit_id) = (n.step_id, n.unit_id) AND o.id <= n.id
+            JOIN run o ON (o.step_id, o.unit_id) = (n.step_id, n.unit_id)
             WHERE n.id = ANY(:ids))
         UPDATE data_product d SET superseded_by = older.newer FROM older
-        WHERE d.run_id = older.id AND (older.id < older.newer OR d.attempt < older.attempt)
+        WHERE d.run_id = older.id AND (d.run_id, d.attempt) < (older.newer, older.attempt)
             AND d.superseded_by IS NULL
         """,
         ids=[run.id for run, _ in found],

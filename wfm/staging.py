@@ -407,15 +407,23 @@ def _seal(
             StagedInput(item.path, source, how, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, item.checksum)
         )
     _write(os.path.join(directory, jobs.STAGED), _json(msgspec.to_builtins(staged)), workshop)
-    jobs.sync_all(_directories(plan, staged))
+    step = os.path.dirname(os.path.dirname(directory))
+    inode = os.stat(step).st_ino
+    jobs.sync_all(_directories(plan, staged, rooted=_rooted.get(step) == inode))
+    _rooted[step] = inode
     _write(os.path.join(directory, jobs.MANIFEST), document, workshop)
     jobs.sync_all([os.path.join(directory, jobs.CONFIG)])
     return staged
 
 
-def _directories(plan: StagePlan, staged: Sequence[StagedInput]) -> set[str]:
-    """Every directory that staging has put something in; of those above the attempt, up to the base."""
-    top, base = plan.spec.directory, plan.facts.base_directory.rstrip("/")
+_rooted: dict[str, int] = {}
+"""Directories of steps, with their inodes, whose way from the base this process has made durable: there are few."""
+
+
+def _directories(plan: StagePlan, staged: Sequence[StagedInput], *, rooted: bool) -> set[str]:
+    """Every directory that staging has put something in; of those above the attempt, up to the step's or the base."""
+    top = plan.spec.directory
+    base = os.path.dirname(os.path.dirname(top)) if rooted else plan.facts.base_directory.rstrip("/")
     made = [*jobs.directories(plan.facts.step), *(s.path for s in staged)]
     found: set[str] = set()
     for name in made:
