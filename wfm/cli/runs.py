@@ -208,6 +208,8 @@ def logs(run_id: int, follow: bool, attempt: int | None) -> None:
                 f"run {run_id} has no log of attempt {shown} (now: {run.state}): no file {said}; "
                 f"`wfm runs show {run_id}` says how far it came"
             )
+        if not end:
+            output.warn(f"it wrote nothing there; `wfm runs show {run_id}` names the log files among its products")
 
 
 def _earlier(run: RunRow, attempt: int, settings: Settings) -> JobRef:
@@ -404,6 +406,8 @@ def tell(done: Moved, as_json: bool) -> None:
             click.echo(f"run {i} {r.pipeline}/{r.step} {r.unit}: {r.state}")
         for i, e in sorted(done.refused.items()):
             click.echo(f"run {i}: refused: {str(e).removeprefix(f'run {i}: ')}", err=True)
+        if done.refused:
+            click.echo("`wfm events replay --run ID` has an ended run begin another attempt", err=True)
         if not done.moved and not done.refused:
             click.echo("no such runs")
     if done.refused:
