@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-GATHER = float(os.environ.get("GATHER", "0"))
-FROM = int(os.environ.get("FROM", "8"))
 GRACE_SECONDS = 8.0
 """How long a role waits for its tasks after SIGTERM before it hands them back."""
 
@@ -78,8 +76,6 @@ class Service:
         """Whether tasks were handed back whose threads may never return."""
         self._consumed = threading.Event()
         self._life = ""
-        self._last = 0.0
-        self._busy = 0
         self._kinds = [name for name, t in events.TYPES.items() if t.durable]
         self._sweeps = [
             *work.sweeps,
@@ -119,16 +115,11 @@ class Service:
                 item = self.inbox.get(timeout=wait) if wait else self.inbox.get_nowait()
             except queue.Empty:
                 break
-            if wait is not None and self._busy >= FROM:
-                self.stopping.wait(max(0.0, self._last + GATHER - time.monotonic()))
             wait = None
             if isinstance(item, Outcome):
                 outcomes.append(item)
             elif isinstance(item, _Messages):
                 entries.extend(item.entries)
-        if outcomes or entries:
-            self._last = time.monotonic()
-            self._busy = len(outcomes) + len(entries)
         if outcomes:
             self._settle(outcomes)
         if entries:
