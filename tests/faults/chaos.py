@@ -441,6 +441,9 @@ def recovery(system: System, runs: int) -> None:
             if left >= 0:
                 system.register(runs + 50 - left)
             system.wait(1.0)
+        wait_until(
+            lambda: system.ask(f"SELECT 1 FROM run WHERE state IN {AT_WORK} HAVING count(*) > 5"), 120, "at work"
+        )
         with suppress(redis.RedisError):
             system.harm(kind)
         wait_until(lambda: system.look() or not system.recovering, 300, f"recovered from {kind}")
@@ -471,6 +474,7 @@ def verdict(system: System) -> dict[str, Any]:
         "recovery_s": {
             kind: {"n": len(s), "median": round(statistics.median(s), 2), "worst": round(max(s), 2)}
             for kind, s in sorted(system.recovered.items())
+            if s
         },
         "intervals_s": {
             name: {"here": getattr(settings, name), "default": getattr(load({}), name)}
