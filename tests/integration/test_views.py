@@ -752,6 +752,34 @@ def test_coverage_is_complete_when_nothing_is_left(conn: Connection, night: Nigh
     assert complete()
 
 
+# --- cost ---
+
+
+def test_cost_is_the_median_of_the_results_that_count(conn: Connection, night: Night) -> None:
+    calibrate, step_map, look = (night.steps[name] for name in ("calibrate", "map", "look"))
+    for n, (seconds, cores) in enumerate([(3600.0, 2.0), (7200.0, 4.0), (36_000.0, 1.0), (None, 8.0)]):
+        night.unit("maps", SCAN, f"timed-{n}")
+        night.run("calibrate", f"timed-{n}", "COMPLETED", accept=True, wall_seconds=seconds, cpu=cores)
+    night.unit("maps", SOURCE, "timed-map")
+    night.run("map", "timed-map", "FAILED", wall_seconds=5.0)
+    costs = views.step_costs(conn, [calibrate, step_map, look])
+    assert costs[calibrate] == views.StepCost(runs=3, wall_seconds=7200.0, core_hours=8.0)
+    assert costs[step_map] == costs[look] == views.StepCost()
+    assert views.estimate(costs, {calibrate: 3}) == views.Estimate(runs=3, unknown=0, core_hours=24.0)
+    assert str(views.estimate(costs, {calibrate: 3, look: 2})) == "about 24 core-hours, and 2 of unknown cost"
+    assert str(views.estimate(costs, {look: 2})) == "unknown: no run of these steps has completed yet"
+    assert str(views.estimate(costs, {})) == "nothing"
+
+
+def test_cost_looks_at_the_newest_units(conn: Connection, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wfm.views.cost.RECENT", 2)
+    for n, seconds in enumerate([1.0, 100.0, 200.0]):
+        night.unit("maps", SCAN, f"timed-{n}")
+        night.run("calibrate", f"timed-{n}", "COMPLETED", accept=True, wall_seconds=seconds)
+    calibrate = night.steps["calibrate"]
+    assert views.step_costs(conn, [calibrate])[calibrate].wall_seconds == 150.0
+
+
 # --- events ---
 
 

@@ -5,6 +5,7 @@ A question costs a fixed number of statements, however many rows it touches. Ans
 search path decides. A name that does not exist is a `NotFoundError` that gives the nearest one.
 """
 
+from wfm.views.cost import Estimate, StepCost, estimate, step_costs
 from wfm.views.coverage import (
     CHANGE,
     CoverageLine,
@@ -57,6 +58,7 @@ __all__ = [
     "DeadLetter",
     "DeadLetterLine",
     "DeadLetterState",
+    "Estimate",
     "EventDetail",
     "EventLine",
     "EventPage",
@@ -71,6 +73,7 @@ __all__ = [
     "RunDetail",
     "RunLine",
     "RunRef",
+    "StepCost",
     "TaskLine",
     "TransitionLine",
     "UpstreamUnit",
@@ -80,6 +83,7 @@ __all__ = [
     "coverage_summary",
     "dead_letter",
     "dead_letters",
+    "estimate",
     "event_detail",
     "events",
     "is_before",
@@ -89,6 +93,7 @@ __all__ = [
     "packages",
     "run_detail",
     "runs",
+    "step_costs",
     "tree",
     "verify",
     "why",
