@@ -1,8 +1,9 @@
 """A backlog, measured: one registration makes 100,000 runs, and the workers are slow.
 
 Four roles as four processes on real servers. What is watched, from the registration on: the length of each stream,
-the memory of Valkey and of each role, the pending events of the ledger, and that work goes on meanwhile. It ends when
-the backlog stands, the ledger has nothing to tell any more, and some runs of the backlog have been completed.
+the memory of Valkey and of each role, the pending events of the ledger, and that work goes on meanwhile. When the
+backlog stands, the ledger has nothing to tell any more, and some runs of the backlog have been completed, one package
+comes for another pipeline of the same priority; it ends when that has its slot.
 
     python benchmarks/backlog.py [--runs 100000] [--report FILE]
 """
@@ -153,8 +154,9 @@ def measure(directory: Path, runs: int) -> dict[str, Any]:
                 told = time.monotonic()
                 print(json.dumps(seen), file=sys.stderr, flush=True)
             time.sleep(0.25)
+        new = new_data(world)
         watch.end()
-        return report(world, watch, runs, registered, decided, quiet)
+        return report(world, watch, runs, registered, decided, quiet, new)
     finally:
         for p in processes.values():
             p.terminate()
@@ -168,8 +170,33 @@ def measure(directory: Path, runs: int) -> dict[str, Any]:
         servers.stop()
 
 
+def new_data(world: World) -> dict[str, Any]:
+    """How long new data waits for a slot behind the backlog, and how many runs of the backlog get one before it."""
+    rule = {"table": "obs_unit", "column": "name", "operator": "eq", "value": "tonight"}
+    world.apply(json.dumps({"kind": "grouping", "name": "tonight", "rules": [rule]}))
+    step = {"name": "one", "software": "slow", "group_by": ["raw_data_package"]}
+    world.pipeline("tonight", [step], grouping="tonight")
+    world.register(world.package("tonight", obs_unit="tonight"))
+    mine = "SELECT r.id FROM run r JOIN pipeline p ON p.id = r.pipeline_id WHERE p.name = 'tonight'"
+    wait_until(lambda: world.query(f"{mine} AND r.state <> 'PENDING'"), PATIENCE, what="new data has its slot")
+    (seen,) = world.query(
+        f"""
+        SELECT extract(epoch FROM own.at - r.created_at)::float AS seconds, (SELECT count(*) FROM transition t
+            WHERE t.trigger = 'build' AND t.at > r.created_at AND t.at < own.at) AS overtaken
+        FROM run r JOIN transition own ON own.run_id = r.id AND own.trigger = 'build' WHERE r.id = ({mine})
+        """
+    )
+    return {"seconds_to_a_slot": round(seen.seconds, 2), "runs_of_the_backlog_before_it": seen.overtaken}
+
+
 def report(
-    world: World, watch: Watch, runs: int, registered: float, decided: float | None, quiet: float | None
+    world: World,
+    watch: Watch,
+    runs: int,
+    registered: float,
+    decided: float | None,
+    quiet: float | None,
+    new: dict[str, Any],
 ) -> dict[str, Any]:
     settings = world.settings
     command = {k: n for k, n in watch.longest.items() if k != "events"}
@@ -181,6 +208,7 @@ def report(
         "work went on": watch.log[-1]["runs"]["completed"] > WORKED_OFF,
         "no stream was longer than the mark and a batch of each writer": max(command.values(), default=0)
         <= settings.stream_high_water + writers * settings.batch_size,
+        "new data had the first slot that was free": new["runs_of_the_backlog_before_it"] == 0,
         f"Valkey stayed below {VALKEY_MB:g} MB": watch.valkey_mb <= VALKEY_MB,
     }
     for name, rss in watch.rss.items():
@@ -192,6 +220,7 @@ def report(
         "valkey_peak_mb": round(watch.valkey_mb, 1),
         "rss_mb": watch.rss,
         "last": watch.log[-1],
+        "new_data": new,
         "held": held,
         "samples": watch.log,
     }

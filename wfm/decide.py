@@ -6,7 +6,10 @@ The store and the roles gather facts in bulk, ask here, and carry the answers ou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from msgspec import Struct
@@ -247,12 +250,35 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
 
 
 class PendingRun(Struct, frozen=True):
-    """A run that asks for a slot; listed in the order of service."""
+    """A run that asks for a slot; among those of equal priority and the same queue, listed in the order of service.
+
+    Attributes:
+        shares: keys of the shares it counts in. The first is its queue: those that queues belong to share the slots.
+    """
 
     id: int
     cpu: float
     memory_gb: float
     paused: str = ""
+    priority: int = 0
+    shares: tuple[str, ...] = ("",)
+
+
+class Share(Struct, frozen=True):
+    """Runs with something in common, such as their pipeline, and what they may have in flight together.
+
+    Attributes:
+        name: for people, such as ``pipeline maps``.
+        runs: in flight now. limit: how many may be; None means no limit.
+        weight: of two queues that never run dry, one of twice the weight has twice as many runs in flight.
+        served: when one of its runs last got a slot, by any clock; 0 for never.
+    """
+
+    name: str = ""
+    runs: int = 0
+    limit: int | None = None
+    weight: float = 1.0
+    served: float = 0.0
 
 
 class Capacity(Struct, frozen=True):
@@ -263,35 +289,74 @@ class Capacity(Struct, frozen=True):
     memory_gb: float | None = None
 
 
-def admit(pending: Sequence[PendingRun], used: Capacity, limit: Capacity) -> tuple[list[int], dict[int, str]]:
-    """Which runs start now, and what each of the others waits for.
+def admit(
+    pending: Sequence[PendingRun], used: Capacity, limit: Capacity, shares: Mapping[str, Share] | None = None
+) -> tuple[list[int], dict[int, str]]:
+    """Which runs start now, in this order, and what each of the others waits for.
 
-    First come, first served: a run that does not fit stops those behind it, so that a large one is not starved by small
-    ones; only a run that can never fit, or is paused, is passed over.
+    Priority comes first. Among equals the next slot goes to the queue that has the least in flight for its weight,
+    then to the one that was served the longest ago; in a queue, first come, first served. A run that finds no room
+    stops those behind it, so that a large one is not starved by small ones; one that can never fit, is paused, or has
+    used up a share of its own is passed over.
     """
     runs, cpu, memory = used.runs, used.cpu or 0.0, used.memory_gb or 0.0
+    known = {key: Share() for p in pending for key in p.shares} | dict(shares or {})
+    flight = {key: share.runs for key, share in known.items()}
+    served = {key: share.served for key, share in known.items()}
     admitted: list[int] = []
     waiting: dict[int, str] = {}
     full = ""
-    for p in pending:
-        if p.paused:
-            waiting[p.id] = p.paused
-        elif limit.cpu is not None and p.cpu > limit.cpu:
-            waiting[p.id] = f"never fits: asks for {p.cpu:g} cores, this location has {limit.cpu:g}"
-        elif limit.memory_gb is not None and p.memory_gb > limit.memory_gb:
-            waiting[p.id] = f"never fits: asks for {p.memory_gb:g} GB of memory, this location has {limit.memory_gb:g}"
-        elif full:
-            waiting[p.id] = full
-        elif runs + 1 > limit.runs:
-            waiting[p.id] = full = f"a free slot: {runs} of {limit.runs} runs are in flight"
-        elif limit.cpu is not None and cpu + p.cpu > limit.cpu + 1e-9:
-            waiting[p.id] = full = f"free cores: {cpu:g} of {limit.cpu:g} are in use"
-        elif limit.memory_gb is not None and memory + p.memory_gb > limit.memory_gb + 1e-9:
-            waiting[p.id] = full = f"free memory: {memory:.3g} of {limit.memory_gb:.3g} GB are in use"
-        else:
-            admitted.append(p.id)
-            runs, cpu, memory = runs + 1, cpu + p.cpu, memory + p.memory_gb
+
+    def turn(queue: str, run: PendingRun) -> tuple[float, float, int]:
+        return flight[queue] / known[queue].weight, served[queue], run.id
+
+    for queues in _levels(pending):
+        heap = [(*turn(key, queue[-1]), key) for key, queue in queues.items()]
+        heapq.heapify(heap)
+        while heap:
+            *_, key = heapq.heappop(heap)
+            p = queues[key].pop()
+            over = next((s for s in p.shares if (most := known[s].limit) is not None and flight[s] >= most), None)
+            if p.paused:
+                waiting[p.id] = p.paused
+            elif limit.cpu is not None and p.cpu > limit.cpu:
+                waiting[p.id] = f"never fits: asks for {p.cpu:g} cores, this location has {limit.cpu:g}"
+            elif limit.memory_gb is not None and p.memory_gb > limit.memory_gb:
+                has = f"this location has {limit.memory_gb:g}"
+                waiting[p.id] = f"never fits: asks for {p.memory_gb:g} GB of memory, {has}"
+            elif over is not None:
+                waiting[p.id] = _used_up(known[over], flight[over])
+            elif full:
+                waiting[p.id] = full
+            elif runs + 1 > limit.runs:
+                waiting[p.id] = full = f"a free slot: {runs} of {limit.runs} runs are in flight"
+            elif limit.cpu is not None and cpu + p.cpu > limit.cpu + 1e-9:
+                waiting[p.id] = full = f"free cores: {cpu:g} of {limit.cpu:g} are in use"
+            elif limit.memory_gb is not None and memory + p.memory_gb > limit.memory_gb + 1e-9:
+                waiting[p.id] = full = f"free memory: {memory:.3g} of {limit.memory_gb:.3g} GB are in use"
+            else:
+                admitted.append(p.id)
+                runs, cpu, memory = runs + 1, cpu + p.cpu, memory + p.memory_gb
+                served[key] = math.inf
+                for share in p.shares:
+                    flight[share] += 1
+            if queues[key]:
+                heapq.heappush(heap, (*turn(key, queues[key][-1]), key))
     return admitted, waiting
+
+
+def _levels(pending: Sequence[PendingRun]) -> Iterator[dict[str, list[PendingRun]]]:
+    """By priority, the highest first: the runs of each queue, the first to be served at the end."""
+    for _, level in groupby(sorted(pending, key=lambda p: -p.priority), key=lambda p: p.priority):
+        queues: dict[str, list[PendingRun]] = {}
+        for p in reversed(list(level)):
+            queues.setdefault(p.shares[0], []).append(p)
+        yield queues
+
+
+def _used_up(share: Share, runs: int) -> str:
+    has = "has" if runs == share.limit else f"has {runs}"
+    return f"{share.name} may have {share.limit} {'run' if share.limit == 1 else 'runs'} in flight, and {has}"
 
 
 # --- jobs ---

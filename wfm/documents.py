@@ -41,6 +41,8 @@ DirectoryName = Annotated[
 ]
 Small = Annotated[int, Meta(ge=-1_000_000, le=1_000_000, description="a whole number between -1000000 and 1000000")]
 NotNegative = Annotated[float, Meta(ge=0, description="a number, not negative")]
+Weight = Annotated[float, Meta(gt=0, le=1_000_000, description="a number above 0 and up to 1000000")]
+Runs = Annotated[int, Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
 
 
 # --- kinds ---
@@ -155,10 +157,14 @@ class Step(Struct, frozen=True, kw_only=True):
     max_retries: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 3
     cooldown_seconds: NotNegative = 0.0
     retention_days: NotNegative | None = None
+    max_in_flight: Runs | None = None
 
 
 class Pipeline(Struct, frozen=True, kw_only=True):
-    """A pipeline. Where `enabled` is not given it stays as it is; so does `location` (at first, the instance's own)."""
+    """A pipeline. Where `enabled` is not given it stays as it is; so does `location` (at first, the instance's own).
+
+    `weight` is its share of the slots among pipelines of equal priority; `max_in_flight` None sets no limit of its own.
+    """
 
     name: DirectoryName
     description: str = ""
@@ -167,6 +173,8 @@ class Pipeline(Struct, frozen=True, kw_only=True):
     trigger_type: TriggerType = field(default=TriggerType.CONTINUOUS, name="trigger")
     enabled: bool | None = None
     priority: Small = 0
+    weight: Weight = 1.0
+    max_in_flight: Runs | None = None
     steps: tuple[Step, ...]
 
 

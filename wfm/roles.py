@@ -14,8 +14,8 @@ import queue
 import socket
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -25,7 +25,7 @@ from wfm import gaps
 from wfm.backends import Backend
 from wfm.charts import Chart
 from wfm.config import Settings
-from wfm.decide import DIGEST_MODULUS, Capacity, PendingRun, admit, wanted_digest
+from wfm.decide import DIGEST_MODULUS, Capacity, PendingRun, Share, admit, wanted_digest
 from wfm.events import ENTRANCES, AttemptFailed, Event, PipelineChanged, RunEvent
 from wfm.jobs import build_spec
 from wfm.kinds import POLL, Poll, job_facts, link_upstream, open_purges, worker_kinds
@@ -301,7 +301,7 @@ def every_pair(tx: Tx, location_id: int, pipelines: Iterable[int] | None) -> set
 
 
 class WorkflowManager(_Quiet):
-    """Admits PENDING runs by priority and free slots, and builds their jobs."""
+    """Admits PENDING runs by priority, fair share and free slots, and builds their jobs."""
 
     role = Role.WORKFLOW_MANAGER
     actor = Actor(Role.WORKFLOW_MANAGER)
@@ -329,17 +329,15 @@ class WorkflowManager(_Quiet):
         if not tx.all("SELECT 1 FROM run WHERE location_id = :loc AND state = 'PENDING' LIMIT 1", loc=self.location):
             return None
         tx.run("SELECT 1 FROM data_location WHERE id = :loc FOR NO KEY UPDATE", loc=self.location)
-        used = tx.all(
-            """
-            SELECT count(*) AS runs, coalesce(sum(cpu), 0) AS cpu, coalesce(sum(memory_gb), 0) AS memory_gb FROM run
-            WHERE location_id = :loc AND state = ANY(:states)
-            """,
-            loc=self.location,
-            states=sorted(HOLDS_SLOT),
-        )[0]
-        candidates = self._candidates(tx)
-        pending = [PendingRun(c.id, c.cpu, c.memory_gb, _pause(c)) for c in candidates]
-        chosen, waiting = admit(pending, Capacity(used.runs, used.cpu, used.memory_gb), self.limit)
+        busy = self._in_flight(tx)
+        candidates = self._candidates(tx, busy)
+        shares = self._shares(tx, candidates, busy)
+        pending = [
+            PendingRun(c.id, c.cpu, c.memory_gb, _pause(c), c.priority, (c.queue, f"step {c.step_id}"))
+            for c in candidates
+        ]
+        used = Capacity(sum(b.runs for b in busy), sum(b.cpu for b in busy), sum(b.memory_gb for b in busy))
+        chosen, waiting = admit(pending, used, self.limit, shares)
         said = {c.id: c.waiting_for for c in candidates}
         news = {i: text for i, text in waiting.items() if said[i] != text}
         # Whoever holds one of these is about to change it: it is looked at another time.
@@ -360,32 +358,97 @@ class WorkflowManager(_Quiet):
                 ids=[i for i in news if i in mine],
                 reasons=[text for i, text in news.items() if i in mine],
             )
+        self._take_turns(tx, {c.queue for c in candidates if c.id in set(chosen) & mine})
         self._build(tx, [i for i in chosen if i in mine])
         return None
 
-    def _candidates(self, tx: Tx) -> list[Any]:
+    def _in_flight(self, tx: Tx) -> Sequence[Any]:
+        """What the runs in flight take up, by step."""
+        return tx.all(
+            """
+            SELECT pipeline_id, step_id, count(*) AS runs, sum(cpu) AS cpu, sum(memory_gb) AS memory_gb FROM run
+            WHERE location_id = :loc AND state = ANY(:states) GROUP BY pipeline_id, step_id
+            """,
+            loc=self.location,
+            states=sorted(HOLDS_SLOT),
+        )
+
+    def _shares(self, tx: Tx, candidates: Sequence[Any], busy: Sequence[Any]) -> dict[str, Share]:
+        """The shares that candidates count in: their pipelines, which are their queues, and their steps."""
+        runs: Counter[str] = Counter()
+        for b in busy:
+            runs[f"pipeline {b.pipeline_id}"] += b.runs
+            runs[f"step {b.step_id}"] += b.runs
+        served = {
+            r.queue: r.served
+            for r in tx.all(
+                "SELECT queue, extract(epoch FROM served_at)::float AS served FROM slot_turn WHERE location_id = :loc",
+                loc=self.location,
+            )
+        }
+        shares = {}
+        for c in candidates:
+            step = f"step {c.step_id}"
+            name = f"pipeline {c.pipeline}"
+            shares[c.queue] = Share(name, runs[c.queue], c.pipeline_most, c.weight, served.get(c.queue, 0.0))
+            shares[step] = Share(f"step {c.pipeline}/{c.step}", runs[step], c.step_most)
+        return shares
+
+    def _take_turns(self, tx: Tx, queues: Collection[str]) -> None:
+        if queues:
+            tx.run(
+                """
+                INSERT INTO slot_turn (location_id, queue, served_at)
+                SELECT :loc, queue, clock_timestamp() FROM unnest(CAST(:queues AS text[])) AS q(queue)
+                ON CONFLICT (location_id, queue) DO UPDATE SET served_at = excluded.served_at
+                """,
+                loc=self.location,
+                queues=sorted(queues),
+            )
+
+    def _candidates(self, tx: Tx, busy: Sequence[Any]) -> list[Any]:
         """The first of the PENDING runs that can start; where there is place left, others, to be told why they wait."""
         can_start = (
             "p.enabled AND p.paused_by = '' AND s.paused_by = '' AND r.cpu <= :cpu AND r.memory_gb <= :memory_gb"
         )
-        first = self._first(tx, can_start, CANDIDATES)
-        others = self._first(tx, f"NOT ({can_start})", CANDIDATES - len(first)) if len(first) < CANDIDATES else ()
-        return [*first, *others]
+        first = self._first(tx, can_start, busy, CANDIDATES)
+        left = CANDIDATES - len(first)
+        return [*first, *(self._first(tx, f"NOT ({can_start})", busy, left) if left else ())]
 
-    def _first(self, tx: Tx, which: str, most: int) -> Sequence[Any]:
-        """Of each step those at the front are read from an index: how many wait behind them costs nothing."""
+    def _first(self, tx: Tx, which: str, busy: Sequence[Any], most: int) -> Sequence[Any]:
+        """Of each step those at the front are read from an index: how many wait behind them costs nothing.
+
+        Queues of equal priority take turns, and what is over a limit of its pipeline or step comes last: a long backlog
+        crowds out nobody.
+        """
         return tx.all(
             f"""
-            SELECT r.id, r.cpu, r.memory_gb, r.waiting_for, p.enabled, p.paused_by, s.paused_by AS step_paused_by
-            FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
-            CROSS JOIN LATERAL (SELECT * FROM run r
-                WHERE r.location_id = :loc AND r.step_id = s.id AND r.state = 'PENDING' AND {which}
-                ORDER BY r.priority DESC, r.id LIMIT :most) r
-            ORDER BY r.priority DESC, r.id LIMIT :most
+            WITH busy AS (SELECT * FROM unnest(CAST(:pipelines AS bigint[]), CAST(:steps AS bigint[]),
+                CAST(:runs AS bigint[])) AS b(pipeline_id, step_id, runs)),
+            front AS (
+                SELECT r.id, r.cpu, r.memory_gb, r.priority, r.waiting_for, r.step_id,
+                    p.name AS pipeline, p.weight, p.max_in_flight AS pipeline_most, p.enabled, p.paused_by,
+                    s.name AS step, s.max_in_flight AS step_most, s.paused_by AS step_paused_by,
+                    'pipeline ' || p.id AS queue,
+                    row_number() OVER (PARTITION BY p.id, r.priority ORDER BY r.id) AS turn,
+                    row_number() OVER (PARTITION BY p.id ORDER BY r.priority DESC, r.id) + coalesce(bp.runs, 0)
+                        > p.max_in_flight IS TRUE
+                    OR row_number() OVER (PARTITION BY s.id ORDER BY r.priority DESC, r.id) + coalesce(bs.runs, 0)
+                        > s.max_in_flight IS TRUE AS over
+                FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
+                LEFT JOIN busy bs ON bs.step_id = s.id
+                LEFT JOIN (SELECT pipeline_id, sum(runs) AS runs FROM busy GROUP BY 1) bp ON bp.pipeline_id = p.id
+                CROSS JOIN LATERAL (SELECT * FROM run r
+                    WHERE r.location_id = :loc AND r.step_id = s.id AND r.state = 'PENDING' AND {which}
+                    ORDER BY r.priority DESC, r.id LIMIT :most) r)
+            SELECT * FROM front ORDER BY over, priority DESC, turn, id LIMIT :most
             """,
             loc=self.location,
             cpu=math.inf if self.limit.cpu is None else self.limit.cpu,
             memory_gb=math.inf if self.limit.memory_gb is None else self.limit.memory_gb,
+            pipelines=[b.pipeline_id for b in busy],
+            steps=[b.step_id for b in busy],
+            runs=[b.runs for b in busy],
             most=most,
         )
 

@@ -280,10 +280,13 @@ pipeline = Table(
     _json("trigger_config"),
     Column("enabled", Boolean, nullable=False, server_default=text("true")),
     Column("priority", Integer, nullable=False, server_default=text("0")),
+    Column("weight", Double, nullable=False, server_default=text("1")),  # its share among those of equal priority
+    Column("max_in_flight", Integer),  # None: no limit of its own
     _text("paused_by"),  # empty: not paused
     _text("paused_reason"),
     _time("deleted_at"),
     _one_of("trigger_type", TriggerType),
+    CheckConstraint("weight > 0 AND max_in_flight >= 1", name="share"),
 )
 
 reduction_step = Table(
@@ -305,6 +308,7 @@ reduction_step = Table(
     Column("max_retries", Integer, nullable=False, server_default=text("3")),
     Column("cooldown_seconds", Double, nullable=False, server_default=text("0")),
     Column("retention_days", Double),  # None: kept for ever
+    Column("max_in_flight", Integer),
     Column("final", Boolean, nullable=False),  # no other step depends on it
     Column("active", Boolean, nullable=False, server_default=text("true")),  # False: no longer in the applied pipeline
     _text("paused_by"),
@@ -313,6 +317,7 @@ reduction_step = Table(
     _one_of("version_policy", VersionPolicy),
     CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
     CheckConstraint("max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"),
+    CheckConstraint("max_in_flight >= 1", name="share"),
 )
 
 step_dependency = Table(
@@ -455,6 +460,16 @@ run = Table(
         postgresql_where=text("state = 'PENDING'"),
     ),
     Index("ix_run_state", "location_id", "state", "due_at", postgresql_where=text(f"state NOT IN ({_FINAL})")),
+)
+
+# When one of a queue's runs last got a slot: among equals, who was served the longest ago comes next. It is written by
+# admission alone, and so is no column of the queue's own row, which others lock.
+slot_turn = Table(
+    "slot_turn",
+    metadata,
+    Column("location_id", BigInteger, ForeignKey("data_location.id"), primary_key=True),
+    Column("queue", Text, primary_key=True),
+    _time("served_at", now=True),
 )
 
 # Which upstream results a run read; its raw inputs follow from its unit and generation.

@@ -16,6 +16,7 @@ from wfm.decide import (
     GapFacts,
     MoveFacts,
     PendingRun,
+    Share,
     SoftwareVersion,
     Upstream,
 )
@@ -204,6 +205,99 @@ def test_what_can_never_fit_or_is_paused_is_passed_over():
     assert "never fits: asks for 99 cores" in waiting[1]
     assert "never fits: asks for 99 GB" in waiting[2]
     assert waiting[3] == "paused by ada"
+
+
+def runs_of(*queues: str, **more: object) -> list[PendingRun]:
+    return [PendingRun(i, 1.0, 1.0, shares=(queue,), **more) for i, queue in enumerate(queues)]
+
+
+def test_priority_comes_before_age():
+    pending = [PendingRun(1, 1, 1, priority=-1), PendingRun(2, 1, 1), PendingRun(3, 1, 1, priority=5)]
+    assert decide.admit(pending, Capacity(0), Capacity(2))[0] == [3, 2]
+
+
+def test_a_free_slot_goes_to_who_has_the_least_in_flight_for_its_weight():
+    pending = runs_of(*"aaaaaaaa", *"bbbbbbbb")
+    even = {"a": Share(), "b": Share()}
+    assert decide.admit(pending, Capacity(0), Capacity(4), even)[0] == [0, 8, 1, 9]
+    heavy = {"a": Share(), "b": Share(weight=3.0)}
+    admitted, _ = decide.admit(pending, Capacity(0), Capacity(8), heavy)
+    assert sum(i >= 8 for i in admitted) == 6
+    behind = {"a": Share(runs=3), "b": Share(runs=1)}
+    assert decide.admit(pending, Capacity(4), Capacity(7), behind)[0] == [8, 9, 0]
+
+
+def test_of_equals_the_one_served_the_longest_ago_is_next():
+    """With a single slot nobody has anything in flight when it is free."""
+    served = {"a": Share(served=20.0), "b": Share(served=10.0), "c": Share()}
+    order = []
+    for now in range(30, 36):
+        (i,), _ = decide.admit(runs_of("a", "b", "c"), Capacity(0), Capacity(1), served)
+        order.append("abc"[i])
+        served[order[-1]] = Share(served=float(now))
+    assert "".join(order) == "cbacba"
+
+
+def test_who_is_at_a_limit_of_its_own_stops_nobody():
+    shares = {"a": Share("pipeline maps", 2, 2), "b": Share("pipeline fits"), "s": Share("step fits/one", 0, 1)}
+    pending = [
+        *(PendingRun(i, 1, 1, priority=9, shares=("a",)) for i in (1, 2)),
+        *(PendingRun(i, 1, 1, shares=("b", "s")) for i in (3, 4)),
+        PendingRun(5, 1, 1, shares=("b",)),
+    ]
+    admitted, waiting = decide.admit(pending, Capacity(2), Capacity(9), shares)
+    assert admitted == [3, 5]
+    assert waiting == {
+        **dict.fromkeys((1, 2), "pipeline maps may have 2 runs in flight, and has"),
+        4: "step fits/one may have 1 run in flight, and has",
+    }
+    _, waiting = decide.admit(pending[:1], Capacity(2), Capacity(9), {"a": Share("pipeline maps", 5, 2)})
+    assert waiting == {1: "pipeline maps may have 2 runs in flight, and has 5"}
+
+
+def test_a_large_run_is_not_starved_by_small_ones_of_other_pipelines():
+    pending = [PendingRun(1, 1, 1, shares=("small",)), PendingRun(2, 4, 1, shares=("large",))]
+    shares = {"small": Share(runs=2), "large": Share()}
+    admitted, waiting = decide.admit(pending, Capacity(2, 2.0, 0), Capacity(9, 4.0, 9), shares)
+    assert admitted == []
+    assert set(waiting.values()) == {"free cores: 2 of 4 are in use"}
+
+
+QUEUES = st.sampled_from("abc")
+
+
+@given(st.lists(st.tuples(QUEUES, QUEUES, st.integers(-1, 1), st.booleans())), st.integers(0, 6), st.integers(0, 3))
+def test_admission_is_the_plain_rule(wishes, slots, most):
+    """Again and again, of those that may start, the first of the queue whose turn it is."""
+    shares = {q: Share(q, n, None if q == "a" else most, n + 1.0) for n, q in enumerate("abc")}
+    shares |= {f"step {q}": Share(q, limit=2) for q in "abc"}
+    pending = [
+        PendingRun(i, 1, 1, "paused" * paused, priority, (queue, f"step {step}"))
+        for i, (queue, step, priority, paused) in enumerate(wishes)
+    ]
+    admitted, waiting = decide.admit(pending, Capacity(0), Capacity(slots), shares)
+    flight = {key: s.runs for key, s in shares.items()}
+    expected: list[int] = []
+    while len(expected) < slots:
+        fits = [
+            p
+            for p in pending
+            if p.id not in expected
+            and not p.paused
+            and all(shares[s].limit is None or flight[s] < shares[s].limit for s in p.shares)
+        ]
+        if not fits:
+            break
+        recent = {pending[i].shares[0] for i in expected}
+        top = min(
+            fits,
+            key=lambda p: (-p.priority, flight[p.shares[0]] / shares[p.shares[0]].weight, p.shares[0] in recent, p.id),
+        )
+        expected.append(top.id)
+        for s in top.shares:
+            flight[s] += 1
+    assert sorted([*admitted, *waiting]) == [p.id for p in pending]
+    assert admitted == expected
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 8), st.floats(0.1, 8))), st.integers(0, 5))

@@ -1,0 +1,149 @@
+"""Limits and order, through the command line: priority, fair share, limits of pipelines and steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import World, wait_until
+from tests.integration.test_cli import Cli
+from wfm.model import Role
+
+ONE = {"name": "one", "software": "gated", "group_by": ["raw_data_package"]}
+
+
+@pytest.fixture
+def cli(world: World) -> Cli:
+    """A system whose jobs end when a test lets them, with a grouping for each of the obs units old and new."""
+    script = 'until [ -e "$WORKFLOW_ATTEMPT_DIRECTORY/go" ]; do sleep 0.05; done; : > "$WORKFLOW_OUTPUT_DIR/science/x"'
+    version = {"version": "1.0.0", "command": ["/bin/sh", "-c", script]}
+    world.apply(json.dumps({"kind": "software", "name": "gated", "versions": [version]}))
+    for name in ("old", "new"):
+        rule = {"table": "obs_unit", "column": "name", "operator": "eq", "value": name}
+        world.apply(json.dumps({"kind": "grouping", "name": name, "rules": [rule]}))
+    world.environ |= {"WFM_LOCAL_CPU": "64", "WFM_LOCAL_MEMORY_GB": "64"}
+    return Cli(world.environ)
+
+
+def flying(cli: Cli) -> list[dict[str, Any]]:
+    return [r for r in cli.json("runs", "list", "--active", "--limit", 1000) if r["state"] == "RUNNING"]
+
+
+def waits_for(cli: Cli, pipeline: str) -> set[str]:
+    found = cli.json("runs", "list", "--pipeline", pipeline, "--state", "PENDING", "--limit", 1000)
+    return {r["waiting_for"] for r in found}
+
+
+def let_end(world: World, *runs: int) -> None:
+    for r in world.query("SELECT job FROM run WHERE id = ANY(:ids)", ids=list(runs)):
+        (Path(r.job["directory"]) / "go").touch()
+
+
+def packages(world: World, kind: str, n: int) -> list[Any]:
+    return [world.package(f"{kind}{i:02}", obs_unit=kind) for i in range(n)]
+
+
+def take_place_of(world: World, cli: Cli, run: dict[str, Any]) -> dict[str, Any]:
+    """Let a run end; returns the one that takes its slot."""
+    before = {r["id"] for r in flying(cli)}
+    let_end(world, run["id"])
+    wait_until(lambda: {r["id"] for r in flying(cli)} - before and run["id"] not in {r["id"] for r in flying(cli)})
+    (after,) = (r for r in flying(cli) if r["id"] not in before)
+    return after
+
+
+def busy(world: World, cli: Cli, slots: int, priority: int = 0) -> list[dict[str, Any]]:
+    """All slots taken by a backlog longer than what an admission looks at, and three runs of new data behind it."""
+    world.pipeline("backlog", [ONE], grouping="old", priority=priority)
+    world.pipeline("tonight", [ONE], grouping="new")
+    world.register(*packages(world, "old", 30))
+    wait_until(lambda: len(flying(cli)) == slots, what="the backlog is at work")
+    world.register(*packages(world, "new", 3))
+    wait_until(lambda: waits_for(cli, "tonight") == {f"a free slot: {slots} of {slots} runs are in flight"})
+    return flying(cli)
+
+
+def end_all(cli: Cli) -> None:
+    cli("runs", "cancel", *(r["id"] for r in cli.json("runs", "list", "--active", "--limit", 1000)))
+    wait_until(lambda: not cli.json("runs", "list", "--active"))
+
+
+def test_a_backlog_of_equal_priority_delays_new_data_by_one_slot(world, cli, monkeypatch):
+    monkeypatch.setattr("wfm.roles.CANDIDATES", 10)
+    world.environ["WFM_MAX_IN_FLIGHT"] = "2"
+    with world.roles():
+        one, two = busy(world, cli, 2)
+        new = take_place_of(world, cli, one)
+        assert new["pipeline"] == "tonight"
+        # From now on each of them has its half.
+        assert take_place_of(world, cli, new)["pipeline"] == "tonight"
+        assert take_place_of(world, cli, two)["pipeline"] == "backlog"
+        end_all(cli)
+
+
+def test_of_a_single_slot_pipelines_take_turns(world, cli, monkeypatch):
+    monkeypatch.setattr("wfm.roles.CANDIDATES", 10)
+    world.environ["WFM_MAX_IN_FLIGHT"] = "1"
+    with world.roles():
+        (last,) = busy(world, cli, 1)
+        for expected in ("tonight", "backlog") * 2:
+            last = take_place_of(world, cli, last)
+            assert last["pipeline"] == expected
+        end_all(cli)
+
+
+def test_new_data_of_higher_priority_has_every_slot_that_frees(world, cli, monkeypatch):
+    monkeypatch.setattr("wfm.roles.CANDIDATES", 10)
+    world.environ["WFM_MAX_IN_FLIGHT"] = "2"
+    with world.roles():
+        one, two = busy(world, cli, 2, priority=-1)
+        new = [take_place_of(world, cli, old) for old in (one, two)]
+        new.append(take_place_of(world, cli, new[0]))
+        assert [r["pipeline"] for r in new] == ["tonight"] * 3
+        assert take_place_of(world, cli, new[1])["pipeline"] == "backlog"
+        end_all(cli)
+
+
+def test_who_is_at_a_limit_of_its_own_says_so_and_stops_nobody(world, cli):
+    two = {**ONE, "name": "two", "max_in_flight": 1}
+    world.pipeline("maps", [ONE], grouping="old", priority=9, max_in_flight=2)
+    world.pipeline("fits", [ONE, two], grouping="new")
+    with world.roles():
+        world.register(*packages(world, "old", 5), *packages(world, "new", 2))
+        wait_until(lambda: len(flying(cli)) == 5)
+        assert waits_for(cli, "maps") == {"pipeline maps may have 2 runs in flight, and has"}
+        assert waits_for(cli, "fits") == {"step fits/two may have 1 run in flight, and has"}
+        (line, *_) = (w for w in cli.json("why", "maps") if w["active"]["state"] == "PENDING")
+        assert "it waits: pipeline maps may have 2 runs in flight, and has" in line["change"]
+        # Without the limits all of them are at work.
+        world.pipeline("maps", [ONE], grouping="old", priority=9)
+        world.pipeline("fits", [ONE, {**two, "max_in_flight": 2}], grouping="new")
+        wait_until(lambda: len(flying(cli)) == 9)
+        let_end(world, *(r["id"] for r in flying(cli)))
+        wait_until(lambda: world.all_covered(9))
+
+
+def test_a_pipeline_at_its_limit_hides_nobody_however_long_its_backlog(world, cli, monkeypatch):
+    monkeypatch.setattr("wfm.roles.CANDIDATES", 4)
+    world.pipeline("maps", [ONE], grouping="old", priority=9, max_in_flight=1)
+    world.pipeline("fits", [ONE], grouping="new")
+    with world.roles(Role.TRIGGER_MANAGER):
+        world.register(*packages(world, "old", 20), *packages(world, "new", 2))
+        wait_until(lambda: len(cli.json("runs", "list", "--state", "PENDING")) == 22)
+    with world.roles():
+        wait_until(lambda: {r["pipeline"] for r in flying(cli)} == {"maps", "fits"})
+        end_all(cli)
+
+
+def test_shares_and_limits_are_checked_when_they_are_applied(cli, tmp_path):
+    file = tmp_path / "p.yaml"
+    step = "{name: one, software: gated, max_in_flight: 0}"
+    file.write_text(f"kind: pipeline\nname: p\ngrouping: old\nweight: 0\nmax_in_flight: 1.5\nsteps: [{step}]\n")
+    said = cli("apply", "-f", file, code=2).stderr
+    assert said.count("error: ") == 3
+    assert "p.yaml:4: weight: expected a number above 0 and up to 1000000, got '0'" in said
+    assert "p.yaml:5: max_in_flight: expected a whole number from 1 to 1000000" in said
+    assert "p.yaml:6: steps[0].max_in_flight: expected a whole number from 1 to 1000000" in said
