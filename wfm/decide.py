@@ -111,7 +111,6 @@ class Upstream(Struct, frozen=True):
     Attributes:
         step: its name. total: units that the catalogue has. covered, blocked: of these.
         digest: of the accepted results of the covered ones.
-        example: key of a blocked unit, or else of one that is not covered yet.
     """
 
     step: str
@@ -119,7 +118,6 @@ class Upstream(Struct, frozen=True):
     covered: int
     blocked: int
     digest: int
-    example: str = ""
 
 
 class ActiveRun(Struct, frozen=True):
@@ -213,7 +211,7 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return say(
             CoverageState.BLOCKED,
             Why.UPSTREAM_FAILED,
-            f"{u.blocked} of {u.total} units of {u.step} are blocked, e.g. {u.example}",
+            f"{u.blocked} of {u.total} units of {u.step} are blocked",
         )
     if not upstream_complete(f.upstream):
         u = next(u for u in f.upstream if u.covered < max(u.total, 1))

@@ -32,7 +32,7 @@ from wfm.decide import (
     wanted_digest,
 )
 from wfm.model import FINAL_STATES, Actor, CoverageState, Resources, RunState, TriggerType, VersionPolicy
-from wfm.schema import UNITS_INSIDE
+from wfm.schema import UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN, Move, Tx, encode, result_hash
 
 Pair = tuple[int, int]
@@ -40,6 +40,9 @@ Pair = tuple[int, int]
 
 CHUNK = 1000
 """Pairs that are evaluated, and packages that are folded, at once: what a flood costs in memory besides their ids."""
+
+TALLY_ROWS = 100
+"""Rows of a tally that are read as they are; more are summed into one first."""
 
 
 # --- fold ---
@@ -81,14 +84,12 @@ def fold(tx: Tx, location_id: int, packages: Collection[int], pipelines: Collect
 
 def _fold(tx: Tx, pipeline: _Pipeline, ids: Sequence[int]) -> set[Pair]:
     touched: set[Pair] = set()
-    unit_of: dict[str, dict[int, int]] = {}
-    shrunk: set[int] = set()
+    before: dict[str, Mapping[int, int]] = {}
+    after: dict[str, Mapping[int, int]] = {}
     for dims, group_by in {s.dims: s.group_by for s in pipeline.steps}.items():
-        members, changed, lost = _fold_dims(tx, pipeline, dims, group_by, ids)
-        unit_of[dims] = members
-        shrunk |= lost
+        before[dims], after[dims], changed = _fold_dims(tx, pipeline, dims, group_by, ids)
         touched |= {(s.id, u) for s in pipeline.steps if s.dims == dims for u in changed}
-    _fold_edges(tx, pipeline.nested, unit_of, shrunk)
+    _fold_edges(tx, pipeline.nested, before, after)
     return touched
 
 
@@ -116,11 +117,11 @@ def _pipelines(tx: Tx, location_id: int, ids: Collection[int] | None) -> list[_P
 
 def _fold_dims(
     tx: Tx, pipeline: _Pipeline, dims: str, group_by: Sequence[str], ids: Sequence[int]
-) -> tuple[dict[int, int], set[int], set[int]]:
+) -> tuple[dict[int, int], dict[int, int], set[int]]:
     """One member set per unit of these dimensions.
 
     Returns:
-        the unit of each matching package; units that changed; units that lost a member.
+        the unit of each package before; the unit of each package now; units that changed.
     """
     names = sorted(group_by)
     rules = grouping.rules_from(pipeline.rules)
@@ -221,30 +222,42 @@ def _fold_dims(
                 [{"unit": u, "package": p, "item": str(i)} for u, new in added.items() for p, i in new.items()]
             ),
         )
-    return {p: units[key].id for p, (key, _) in target.items()}, changed, set(removed)
+    return dict(here), {p: units[key].id for p, (key, _) in target.items()}, changed
 
 
 def _fold_edges(
-    tx: Tx, nested: Sequence[tuple[str, str]], unit_of: Mapping[str, Mapping[int, int]], shrunk: set[int]
+    tx: Tx,
+    nested: Sequence[tuple[str, str]],
+    before: Mapping[str, Mapping[int, int]],
+    after: Mapping[str, Mapping[int, int]],
 ) -> None:
-    edges = {(unit_of[coarse][package], unit) for fine, coarse in nested for package, unit in unit_of[fine].items()}
-    if edges:
+    """An edge from each finer unit to the coarser one that shares a package with it, and no others."""
+
+    def edges(unit_of: Mapping[str, Mapping[int, int]]) -> set[tuple[int, int]]:
+        return {
+            (unit_of[coarse][p], u) for fine, coarse in nested for p, u in unit_of[fine].items() if p in unit_of[coarse]
+        }
+
+    here, gone = edges(after), edges(before) - edges(after)
+    if here:
         tx.run(
             """
             INSERT INTO unit_edge (upper_id, lower_id)
             SELECT * FROM unnest(CAST(:upper AS bigint[]), CAST(:lower AS bigint[])) ON CONFLICT DO NOTHING
             """,
-            upper=[e[0] for e in sorted(edges)],
-            lower=[e[1] for e in sorted(edges)],
+            upper=[e[0] for e in sorted(here)],
+            lower=[e[1] for e in sorted(here)],
         )
-    if shrunk:
+    if gone:
         tx.run(
             """
-            DELETE FROM unit_edge e WHERE (lower_id = ANY(:units) OR upper_id = ANY(:units)) AND NOT EXISTS (
+            DELETE FROM unit_edge e USING unnest(CAST(:upper AS bigint[]), CAST(:lower AS bigint[])) AS g(upper, lower)
+            WHERE (e.upper_id, e.lower_id) = (g.upper, g.lower) AND NOT EXISTS (
                 SELECT 1 FROM unit_member l JOIN unit_member u ON u.package_id = l.package_id
-                WHERE l.unit_id = e.lower_id AND u.unit_id = e.upper_id AND l.removed IS NULL AND u.removed IS NULL)
+                WHERE l.unit_id = g.lower AND u.unit_id = g.upper AND l.removed IS NULL AND u.removed IS NULL)
             """,
-            units=sorted(shrunk),
+            upper=[e[0] for e in sorted(gone)],
+            lower=[e[1] for e in sorted(gone)],
         )
 
 
@@ -418,8 +431,8 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             u.key AS unit, u.members, u.digest, u.generation, cr.id AS config_id, coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
             prev.software_version_id AS prev_version_id, prev.config_revision_id AS prev_config_id, prev.id AS prev_id,
-            extract(epoch FROM now() - (SELECT max(created_at) FROM run r
-                WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id)))::float AS since_last_run,
+            CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
+                WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id)))::float END AS since_last_run,
             up.steps AS upstream
         FROM q JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
         JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
@@ -429,21 +442,15 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL (
             SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
-                SELECT us.name AS step, count(l.id) AS total,
-                    count(*) FILTER (WHERE uc.state = 'covered') AS covered,
-                    count(*) FILTER (WHERE uc.state = 'blocked') AS blocked,
-                    (coalesce(sum(uc.result) FILTER (WHERE uc.state = 'covered'), 0) % :modulus)::text AS digest,
-                    coalesce(min(l.key) FILTER (WHERE uc.state = 'blocked'),
-                        min(l.key) FILTER (WHERE uc.state IS DISTINCT FROM 'covered'), '') AS example
+                SELECT us.name AS step, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts
                 FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
-                LEFT JOIN LATERAL ({UNITS_INSIDE}) l ON true
-                LEFT JOIN coverage uc ON (uc.step_id, uc.unit_id) = (us.id, l.id)
-                WHERE d.step_id = s.id GROUP BY us.name) z) up ON true
+                JOIN LATERAL ({UPSTREAM_COUNTS}) n ON true
+                WHERE d.step_id = s.id) z) up ON true
         """,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
-        modulus=DIGEST_MODULUS,
     )
+    _sum_up(tx, [r.unit_id for r in rows if any(z["parts"] > TALLY_ROWS for z in r.upstream or ())])
     versions: dict[int, list[SoftwareVersion]] = defaultdict(list)
     for v in tx.all(
         "SELECT software_id, id, version, state FROM software_version WHERE software_id = ANY(:ids)",
@@ -461,6 +468,23 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
     return {pair: _situation(*k, ended.get(pair)) for pair, k in known.items()}
+
+
+def _sum_up(tx: Tx, units: Sequence[int]) -> None:
+    """Make one row of the many rows of a tally; its sum is the same at all times. Rows in other hands stay."""
+    if units:
+        tx.run(
+            """
+            WITH many AS MATERIALIZED (SELECT id FROM upstream_tally WHERE upper_id = ANY(:units)
+                FOR UPDATE SKIP LOCKED),
+            gone AS (DELETE FROM upstream_tally t USING many WHERE t.id = many.id RETURNING t.*)
+            INSERT INTO upstream_tally (upper_id, dims, step_id, units, covered, blocked, digest)
+            SELECT upper_id, dims, step_id, sum(units), sum(covered), sum(blocked), mod(sum(digest), :modulus)
+            FROM gone GROUP BY upper_id, dims, step_id
+            """,
+            units=sorted(set(units)),
+            modulus=DIGEST_MODULUS,
+        )
 
 
 def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:

@@ -29,6 +29,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.types import UserDefinedType
 
+from wfm.decide import DIGEST_MODULUS
 from wfm.model import FINAL_STATES, CoverageState, ProductType, RunState, TriggerType, VersionPolicy
 
 metadata = MetaData(
@@ -364,7 +365,8 @@ unit_member = Table(
     ),
 )
 
-# Which finer unit lies inside which coarser one, for pairs of steps that depend on each other.
+# Which finer unit lies inside which coarser one, for pairs of steps that depend on each other: as long as they share a
+# package.
 unit_edge = Table(
     "unit_edge",
     metadata,
@@ -375,12 +377,46 @@ unit_edge = Table(
 UNITS_INSIDE = """
 SELECT u.id, u.key WHERE us.dims = s.dims
 UNION ALL SELECT lu.id, lu.key FROM unit_edge e JOIN unit lu ON lu.id = e.lower_id
-WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims AND lu.members > 0
+WHERE e.upper_id = u.id AND us.dims <> s.dims AND lu.dims = us.dims
 """
 """For a LATERAL join: the units (id, key) of step ``us``, on which step ``s`` depends, that lie in unit ``u`` of ``s``.
 
-What a unit waits for, what its run reads and what its digest is made of all come from here, so that they agree.
+What a unit waits for, what its run reads and what its digest is made of all come from here or from `UPSTREAM_COUNTS`,
+which is the same counted, so that they agree.
 """
+
+# What lies in a coarse unit, counted: the sum of the rows of (upper_id, dims, step_id). Triggers on `coverage` and
+# `unit_edge` append what a statement changes, so no writer can forget it and none waits for another; the gap engine
+# sums many rows into one. No foreign keys: they would lock the coarse unit for every run that ends.
+upstream_tally = Table(
+    "upstream_tally",
+    metadata,
+    _id(),
+    Column("upper_id", BigInteger, nullable=False),
+    _text("dims", None),  # of the finer units
+    Column("step_id", BigInteger),  # whose results are counted; none for the units themselves
+    Column("units", BigInteger, nullable=False, server_default=text("0")),
+    Column("covered", BigInteger, nullable=False, server_default=text("0")),
+    Column("blocked", BigInteger, nullable=False, server_default=text("0")),
+    _digest("digest"),  # of the results of the covered ones
+    Index("ix_upstream_tally_upper_id", "upper_id", "dims"),
+)
+
+UPSTREAM_COUNTS = f"""
+SELECT coalesce(sum(n.units), 0)::bigint AS total, coalesce(sum(n.covered), 0)::bigint AS covered,
+    coalesce(sum(n.blocked), 0)::bigint AS blocked,
+    mod(mod(coalesce(sum(n.digest), 0), {DIGEST_MODULUS}) + {DIGEST_MODULUS}, {DIGEST_MODULUS}) AS digest,
+    count(*) AS parts
+FROM (
+    SELECT 1 AS units, (c.state = 'covered')::int AS covered, (c.state = 'blocked')::int AS blocked,
+        CASE c.state WHEN 'covered' THEN c.result END AS digest
+    FROM (SELECT 1 WHERE us.dims = s.dims) itself LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, u.id)
+    UNION ALL
+    SELECT t.units, t.covered, t.blocked, t.digest FROM upstream_tally t
+    WHERE us.dims <> s.dims AND t.upper_id = u.id AND t.dims = us.dims AND (t.step_id IS NULL OR t.step_id = us.id)) n
+"""
+"""For a LATERAL join: of the units that `UNITS_INSIDE` gives, how many there are, how many are covered and blocked, the
+digest of the results of the covered ones, and of how many rows this is the sum. Reads none of the units."""
 
 coverage = Table(
     "coverage",

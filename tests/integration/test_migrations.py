@@ -67,3 +67,33 @@ def test_what_runs_read_is_known_by_attempt_after_the_second_migration(empty):
         assert conn.execute(text("SELECT upstream_attempt FROM run_input")).scalar_one() == 3
     assert migrations.differences(engine, "wfm") == []
     engine.dispose()
+
+
+def test_what_lies_in_coarse_units_is_counted_by_the_fifth_migration(empty):
+    engine = connect(empty, "wfm")
+    with engine.begin() as conn:
+        conn.execute(text("CREATE SCHEMA wfm"))
+        command.upgrade(migrations._config("wfm", conn), "0005")
+        conn.execute(text("SET LOCAL session_replication_role = replica"))  # no foreign keys
+        conn.execute(
+            text(
+                """
+                INSERT INTO unit (id, pipeline_id, dims, key, members)
+                VALUES (1, 1, '[]', 'all', 3), (2, 1, 'fine', 'a', 1), (3, 1, 'fine', 'b', 1), (4, 1, 'fine', 'c', 1),
+                    (5, 1, 'fine', 'lost', 0);
+                INSERT INTO unit_edge (upper_id, lower_id) SELECT 1, id FROM unit WHERE dims = 'fine';
+                INSERT INTO coverage (step_id, unit_id, state, why, run_id, result)
+                VALUES (8, 2, 'covered', 'covered', 1, 2::numeric ^ 127),
+                    (8, 3, 'covered', 'covered', 2, 2::numeric ^ 127 + 5),
+                    (9, 2, 'blocked', 'failed', 1, 7)
+                """
+            )
+        )
+    migrations.upgrade(engine, "wfm")
+    with engine.begin() as conn:
+        rows = conn.execute(
+            text("SELECT upper_id, dims, step_id, units, covered, blocked, digest::text FROM upstream_tally ORDER BY 3")
+        ).all()
+        assert sorted(tuple(r) for r in rows[:2]) == [(1, "fine", 8, 0, 2, 0, "5"), (1, "fine", 9, 0, 0, 1, "0")]
+        assert tuple(rows[2]) == (1, "fine", None, 3, 0, 0, "0")
+    engine.dispose()
