@@ -18,7 +18,7 @@ from sqlalchemy import event as sa_event
 from sqlalchemy import text
 
 from tests.harness import ACTOR, World, wait_until
-from wfm import gaps
+from wfm import acts, gaps
 from wfm.backends import runjob
 from wfm.backends.local import LocalBackend
 from wfm.bus import Entry
@@ -266,19 +266,28 @@ def test_a_pipeline_that_is_being_deleted_gets_no_run(hands):
     assert not hands.world.runs(), "a deleted pipeline has a new run"
 
 
-def test_two_workflow_managers_share_the_slots(hands, monkeypatch):
-    monkeypatch.setattr("wfm.roles.CANDIDATES", 1)  # each looks at another run
+def test_two_workflow_managers_share_the_slots(hands):
+    """Both look because a slot is free, no message waits to be marked by either, and each chooses another run."""
     hands.world.environ["WFM_MAX_IN_FLIGHT"] = "1"
     hands.world.pipeline("p", ONE)
-    hands.world.register(hands.world.package("a"), hands.world.package("b"))
+    hands.world.pipeline("urgent", ONE, priority=1)
+    hands.world.register(hands.world.package("a"))
     hands.do(Role.TRIGGER_MANAGER, "reconcile")
+    for name in ("p", "urgent"):
+        hands.world.act(lambda tx, name=name: acts.pause(tx, name, None, ACTOR))
+    hands.do(Role.WORKFLOW_MANAGER, "admission")
+    assert not hands.world.query("SELECT 1 FROM event WHERE type = 'gap.detected' AND done_at IS NULL")
     one, two = (hands.role(Role.WORKFLOW_MANAGER).work for _ in range(2))
+    hands.world.act(lambda tx: acts.resume(tx, "p", None, ACTOR))
     with hands.world.store.begin() as tx:
         one.admit(tx)
+        hands.world.act(lambda other: acts.resume(other, "urgent", None, ACTOR))
         with beside(hands.world, two.admit) as waits:
             waits()
             tx.conn.commit()
-    assert sorted(r.state for r in hands.world.runs()) == ["PENDING", "STAGING_DATA"], "more runs than slots"
+    first, urgent = sorted(hands.world.runs(), key=lambda r: r.priority)
+    assert (first.state, urgent.state) == ("STAGING_DATA", "PENDING"), "more runs than slots"
+    assert urgent.waiting_for == "a free slot: 1 of 1 runs are in flight"  # it was looked at, after the other's commit
 
 
 def test_a_run_whose_inputs_changed_before_it_was_built_is_withdrawn(hands):
