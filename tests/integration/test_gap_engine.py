@@ -531,8 +531,8 @@ def test_coverage_is_what_a_plain_recomputation_finds(servers: Servers, migrated
     run_state_machine_as_test(
         Ending,
         settings=settings(
-            max_examples=EXAMPLES or 25,
-            stateful_step_count=25,
+            max_examples=EXAMPLES or 15,
+            stateful_step_count=20,
             deadline=None,
             derandomize=not EXAMPLES,
             # To make a history shorter takes minutes: where somebody looks for one, not in each run of the suite.
