@@ -79,8 +79,12 @@ class Hands:
 
     def do(self, role: Role, sweep: str) -> None:
         """One sweep of a role, in its own transaction."""
-        service = self.role(role)
-        service._commit(next(s.work for s in service._sweeps if s.name == sweep))
+        service = build(self.world.settings, role)
+        try:
+            service.bus.join()
+            service._commit(next(s.work for s in service._sweeps if s.name == sweep))
+        finally:
+            self._close(service)
 
     def staging(self, steps: Any = ONE) -> RunRow:
         """A run that is to be staged."""
