@@ -263,8 +263,8 @@ def _check(spec: Any, note: _NoteAt) -> None:
             _check_versions(spec, note)
         case Grouping():
             for n, rule in enumerate(spec.rules):
-                for fault in grouping.rule_faults(rule):
-                    note(("rules", n), f"rule {n + 1}: {fault}")
+                for at, fault in grouping.rule_faults(rule, (n,)):
+                    note(("rules", *at), f"rule {grouping.number(at)}: {fault}")
         case Pipeline():
             _check_pipeline(spec, note)
         case PackageIn():
@@ -421,8 +421,7 @@ def _read(conn: Connection, kind: str, names: Sequence[str] | None) -> dict[str,
             _read_parameters(conn, things)
         case "grouping":
             for thing in things.values():
-                fields = grouping.Rule.__struct_fields__
-                thing["rules"] = [{key: rule[key] for key in fields if key in rule} for rule in thing["rules"]]
+                thing["rules"] = [grouping.in_order(rule) for rule in thing["rules"]]
         case "pipeline":
             _read_steps(conn, things)
     return {thing["name"]: thing for thing in things.values()}
