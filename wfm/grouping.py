@@ -15,7 +15,7 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -44,7 +44,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from wfm.errors import nearest
-from wfm.schema import obs_unit, raw_data_package
+from wfm.schema import executed_obs_unit, obs_unit, raw_data_package, site
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, Table
@@ -382,9 +382,17 @@ class Dimension(Struct, frozen=True):
     key: bool = False
 
 
+def _night() -> ColumnElement[str]:
+    """The day on which the night of an observation began: from noon to noon, by the clocks of the instrument's site."""
+    zone = func.coalesce(site.c.time_zone, "UTC")
+    clocks = func.timezone(zone, executed_obs_unit.c.started_at, type_=DateTime())
+    return func.to_char(clocks - timedelta(hours=12), "YYYY-MM-DD", type_=Text())
+
+
 DIMENSIONS: dict[str, Dimension] = {
     **{name: Dimension(t.c.name, (t,), True) for name, t in TABLES.items() if "name" in t.c and t.c.name.unique},
     "line": Dimension(obs_unit.c.line, (obs_unit,)),
+    "night": Dimension(_night(), (executed_obs_unit, site)),
 }
 """Dimensions with a name of their own. Beside them: ``TABLE.COLUMN``, and ``TABLE.COLUMN:JSON.PATH``."""
 

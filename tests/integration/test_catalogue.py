@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
@@ -396,7 +397,10 @@ def _world(conn: Connection) -> list[dict[str, dict[str, Any]]]:
 
     sources = put(schema.source, [{"name": n, "type": "fixed" if len(n) > 3 else "moving"} for n in NAMES])
     programs = put(schema.observing_program, [{"name": "deep"}, {"name": "wide"}])
-    instruments = put(schema.instrument, [{"name": "CHAI"}, {"name": "Prime-Cam"}])
+    sites = put(schema.site, [{"name": "high", "time_zone": "America/Santiago"}])
+    instruments = put(
+        schema.instrument, [{"name": "CHAI", "site_id": sites[0]["id"]}, {"name": "Prime-Cam", "site_id": None}]
+    )
     modules = put(
         schema.instrument_module,
         [{"name": n, "instrument_id": instruments[n != "LFA"]["id"]} for n in ("LFA", "280", "350")],
@@ -453,7 +457,8 @@ def _world(conn: Connection) -> list[dict[str, dict[str, Any]]]:
                 "source": of(sources, o["source_id"]),
                 "observing_program": of(programs, o["observing_program_id"]),
                 "instrument_module": m,
-                "instrument": of(instruments, m["instrument_id"]),
+                "instrument": (i := of(instruments, m["instrument_id"])),
+                "site": of(sites, i["site_id"]),
             }
         )
     return reached
@@ -542,12 +547,20 @@ def _all_hold(rules: Iterable[Condition], reached: dict[str, dict[str, Any]]) ->
 
 def _value_of(dimension: str, reached: dict[str, dict[str, Any]]) -> str | None:
     """What a dimension says of a package, said a second time in Python."""
+    if dimension == "night":
+        started = reached["executed_obs_unit"]["started_at"]
+        return started and _night(started, reached["site"].get("time_zone", "UTC"))
     if "." not in dimension:
         table, column = {"line": ("obs_unit", "line")}.get(dimension, (dimension, "name"))
         return reached[table].get(column)
     place, _, path = dimension.partition(":")
     value: Any = _found(reached, Rule(*place.split("."), "eq", None, path or None))
     return _read_as("text", value)
+
+
+def _night(time: datetime, zone: str) -> str:
+    clocks = time.astimezone(ZoneInfo(zone)).replace(tzinfo=None)
+    return (clocks - timedelta(hours=12)).date().isoformat()
 
 
 DIMENSIONS = [
@@ -664,6 +677,47 @@ def test_neither_rules_nor_data_of_other_types_make_sql_fail(conn: Connection) -
                     rule = Rule("raw_data_package", "metadata", op, given, path, type_)
                     if not validate_rules([rule]):
                         conn.execute(select_packages([rule], [])).all()
+
+
+# Clocks that were put on and back, also by half an hour; an offset of 5:45; a day that never was; winter without end.
+ZONES = ["UTC", "America/Santiago", "Europe/Berlin", "Australia/Lord_Howe", "Asia/Kathmandu", "Pacific/Apia"]
+CHANGES = [
+    *(datetime(2024, 4, 7, 3), datetime(2024, 9, 8, 4), datetime(2024, 3, 31, 1), datetime(2024, 10, 27, 1)),
+    *(datetime(2024, 4, 6, 15), datetime(2024, 10, 5, 15, 30), datetime(2011, 12, 30, 10), datetime(2024, 12, 31, 12)),
+    *(datetime(2025, 1, 1), datetime(2024, 2, 29, 12), datetime(1999, 12, 31, 16)),
+]
+
+
+def test_nights_are_those_of_the_clocks_on_site(conn: Connection) -> None:
+    source = conn.execute(insert(schema.source).values(name="s").returning(schema.source.c.id)).scalar_one()
+    unit = insert(schema.obs_unit).values(name="o", source_id=source).returning(schema.obs_unit.c.id)
+    obs_unit = conn.execute(unit).scalar_one()
+    around = [timedelta(hours=h, seconds=s) for h in range(-30, 31) for s in (-1, 0)]
+    times = [(at + d).replace(tzinfo=UTC) for at in CHANGES for d in around]
+    executed = [
+        conn.execute(
+            insert(schema.executed_obs_unit)
+            .values([{"name": str(n), "obs_unit_id": obs_unit, "started_at": t} for n, t in enumerate(times)])
+            .returning(schema.executed_obs_unit.c.id)
+        ).scalars()
+    ][0].all()
+    wanted = {}
+    for zone in ZONES:
+        apply(conn, f"kind: site\nname: {zone}\ntime_zone: {zone}\n---\nkind: instrument\nname: {zone}\nsite: {zone}\n")
+        apply(conn, f"kind: module\nname: {zone}\ninstrument: {zone}\n")
+        (module,) = rows(conn, "SELECT id FROM instrument_module WHERE name = :z", z=zone)
+        for n, (e, t) in enumerate(zip(executed, times, strict=True)):
+            wanted[f"{zone} {n}"] = (e, module.id, _night(t, zone))
+    conn.execute(
+        insert(schema.raw_data_package).values(
+            [
+                {"name": name, "executed_obs_unit_id": e, "instrument_module_id": m, "size": 1}
+                for name, (e, m, _) in wanted.items()
+            ]
+        )
+    )
+    found = conn.execute(select_packages([], ["night", "raw_data_package"])).all()
+    assert {row.raw_data_package: row.night for row in found} == {name: w[2] for name, w in wanted.items()}
 
 
 def test_each_table_is_joined_once(conn: Connection) -> None:
@@ -853,9 +907,10 @@ def test_steps_of_a_pipeline(conn: Connection) -> None:
         (PIPELINE + "priority: 3\n", {"chai"}),
         ("kind: source\nname: NGC253\nmetadata: {z: 1}\n", {"chai", "off", "other"}),
         ("kind: source\nname: M31\n", set()),
-        ("kind: site\nname: chile\ndescription: high\n", set()),
+        ("kind: site\nname: chile\ntime_zone: America/Santiago\n", {"chai", "off", "other"}),
+        ("kind: location\nname: archive\nsite: chile\ntype: long_term_archive\nroot: /arc\n", set()),
     ],
-    ids=["software", "config", "grouping", "pipeline", "source", "new source", "site"],
+    ids=["software", "config", "grouping", "pipeline", "source", "new source", "site", "location"],
 )
 def test_pipelines_that_use_what_changed_are_told(conn: Connection, change: str, told: set[str]) -> None:
     def other(name: str, grouping: str, software: str, step: str = "a", enabled: str = "true") -> str:

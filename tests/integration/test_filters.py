@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zoneinfo
+from datetime import datetime
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-import msgspec
 import pytest
+from msgspec import structs
 
 from tests.harness import World
 from tests.integration.test_cli import Cli
@@ -108,7 +110,7 @@ def test_every_fault_of_nested_rules_has_its_line(cli: Cli) -> None:
     assert [line.removeprefix("error: ").strip() for line in said.splitlines()] == [
         "standard input:4: rule 1: operator is_null takes no value, got 3",
         "standard input:6: rule 2.1: unknown table 'sorce', did you mean 'source'?; allowed: raw_data_package,"
-        " executed_obs_unit, instrument_module, obs_unit, instrument, source, observing_program",
+        " executed_obs_unit, instrument_module, obs_unit, instrument, source, observing_program, site",
         "standard input:8: rule 2.2.2: unknown type 'tme', did you mean 'time'?; allowed: text, number, boolean, time",
         "standard input:9: rule 2.3: a member of any_of needs at least one rule",
     ]
@@ -146,9 +148,9 @@ def test_calibrations_are_found_by_any_of_their_marks(world: World, cli: Cli) ->
         world.package("science"),
         world.package("marked", metadata={"scan": {"purpose": "calibration"}}),
         world.package("bad", metadata={"scan": {"purpose": "calibration"}, "quality": {"usable": False}}),
-        msgspec.structs.replace(
+        structs.replace(
             world.package("planet"),
-            executed_obs_unit=msgspec.structs.replace(
+            executed_obs_unit=structs.replace(
                 world.package("planet").executed_obs_unit, obs_unit="mars", source="Mars"
             ),
         ),
@@ -199,3 +201,55 @@ def test_the_system_reads_what_it_wrote(world: World, tmp_path: Path, cli: Cli) 
     sort(world)
     assert {(r.step, r.state) for r in world.runs()} == {("calibrate", "PENDING")}
     assert len(world.runs()) == 2
+
+
+def test_units_by_source_and_night(world: World, cli: Cli) -> None:
+    """A night is that of the clocks where the instrument observes; a site that moves its clocks moves its nights."""
+    evening = {"a": "2025-06-01T22:00:00-04:00", "b": "2025-06-02T11:00:00-04:00", "c": "2025-06-02T12:30:00-04:00"}
+    world.register(*(_taken(world.package(name), at) for name, at in evening.items()))
+    text = """
+        kind: pipeline
+        name: p
+        grouping: everything
+        steps:
+          - {name: scan, software: copy, version: 1.0.0, group_by: [executed_obs_unit, instrument_module]}
+          - {name: night, software: copy, version: 1.0.0, depends_on: [scan], group_by: [source, night]}
+        """
+    place = """
+        kind: site
+        name: chajnantor
+        time_zone: America/Santiago
+        ---
+        kind: instrument
+        name: cam
+        site: chajnantor
+        """
+    apply(cli, text)
+    sort(world)
+    assert _nights(world) == {
+        "2025-06-01-ngc253": {"a"},
+        "2025-06-02-ngc253": {"b", "c"},
+    }  # by UTC
+    assert "p  " in apply(cli, place).stdout
+    sort(world)
+    assert _nights(world) == {"2025-06-01-ngc253": {"a", "b"}, "2025-06-02-ngc253": {"c"}}
+    said = apply(cli, text.replace("executed_obs_unit, instrument_module", "executed_obs_unit"), code=2).stderr
+    assert "is grouped by night, which the units of 'scan' (grouped by executed_obs_unit) do not determine" in said
+    said = apply(cli, place.replace("America/Santiago", "Santiago"), code=2).stderr
+    assert "standard input:4: unknown time zone 'Santiago'" in said
+
+
+def test_a_time_zone_that_the_database_does_not_know(world: World, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = zoneinfo.available_timezones() | {"Mars/Jezero"}
+    monkeypatch.setattr(zoneinfo, "available_timezones", lambda: known)
+    said = apply(cli, "kind: site\nname: far\ntime_zone: Mars/Jezero\n", code=2).stderr
+    assert "standard input:3: time zone 'Mars/Jezero' is not known to this Postgres" in said
+
+
+def _taken(package: Any, at: str) -> Any:
+    started = datetime.fromisoformat(at)
+    return structs.replace(package, executed_obs_unit=structs.replace(package.executed_obs_unit, started_at=started))
+
+
+def _nights(world: World) -> dict[str, set[str]]:
+    return {key: some for key, some in units(world, "p").items() if key.startswith("2025")}

@@ -212,6 +212,12 @@ def test_faults_of_group_by() -> None:
         (["obs_unit"], ["source.type", "obs_unit.metadata:band", "source"], []),
         (["source"], ["source.type", "obs_unit.metadata:band"], ["obs_unit.metadata:band"]),
         (["source.type"], ["source.type", "source"], ["source"]),
+        (["raw_data_package"], ["night", "site"], []),
+        (["executed_obs_unit", "instrument_module"], ["night"], []),
+        (["executed_obs_unit", "site.time_zone"], ["night"], ["night"]),
+        (["executed_obs_unit"], ["night"], ["night"]),
+        (["night"], ["night"], []),
+        (["night"], ["site"], ["site"]),
         (["raw_data_package"], ["raw_data_package.metadata:band"], []),
         (["executed_obs_unit"], ["raw_data_package.metadata:band"], ["raw_data_package.metadata:band"]),
     ],
@@ -255,7 +261,7 @@ def test_the_catalogue_is_found_by_search() -> None:
         == set(WAYS)
         == {
             *("raw_data_package", "executed_obs_unit", "obs_unit", "source", "observing_program"),
-            *("instrument_module", "instrument"),
+            *("instrument_module", "instrument", "site"),
         }
     )
     assert [str(edge) for edge in WAYS["source"]] == [
