@@ -163,6 +163,12 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     json_path: str | None = None
     type: str | None = None
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that it asks for by name; none for other rules."""
+        values = {"eq": [self.value], "in": self.value}.get(self.operator, [])
+        return tuple(v for v in values if isinstance(v, str))
+
     def __str__(self) -> str:
         at = f" at {self.json_path}" if self.json_path else ""
         as_ = f" (as {self.type})" if self.type else ""
@@ -566,10 +572,10 @@ def condition(rule: Condition) -> ColumnElement[bool]:
     """Whether a rule holds, for rows of `joined`; NULL and false both mean that it does not."""
     if isinstance(rule, AnyOf):
         return or_(*(and_(*map(condition, member)) for member in rule.any_of))
-    column = TABLES[rule.table].c[rule.column]
     op = _NEGATED.get(rule.operator, rule.operator)
     if op == "eq" and rule.value is None:
         op = "is_null"
+    column = TABLES[rule.table].c[rule.column]
     if rule.json_path is None:
         holds = _compare(column, str(_kind(column)), op, rule.value)
     elif rule.type is None:
@@ -577,6 +583,12 @@ def condition(rule: Condition) -> ColumnElement[bool]:
     else:
         holds = _compare(_READ_AS[rule.type](_at(column, rule.json_path)), rule.type, op, rule.value)
     return holds.is_not(true()) if rule.operator in _NEGATED else holds
+
+
+def text_of(rule: Rule) -> ColumnElement[str]:
+    """What a rule looks at, as text: a column, or the scalar at a path in it."""
+    column = TABLES[rule.table].c[rule.column]
+    return cast(column, Text) if rule.json_path is None else _json_text(_at(column, rule.json_path))
 
 
 def _compare(value: ColumnElement[Any], kind: str, op: str, given: Any) -> ColumnElement[bool]:
