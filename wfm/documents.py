@@ -11,6 +11,7 @@ import graphlib
 import hashlib
 import json
 import re
+import zoneinfo
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field, structs
 from packaging.version import InvalidVersion, Version
-from sqlalchemy import Column, ColumnElement, Connection, Table, func, or_, select, true, update
+from sqlalchemy import Column, ColumnElement, Connection, Table, func, or_, select, text, true, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects.postgresql import insert
 
@@ -49,10 +50,11 @@ Runs = Annotated[int, Meta(ge=1, le=1_000_000, description="a whole number from 
 
 
 class Site(Struct, frozen=True, kw_only=True):
-    """A place."""
+    """A place. Its nights last from noon to noon in `time_zone`, an IANA name such as America/Santiago."""
 
     name: Label
     description: str = ""
+    time_zone: str = "UTC"
 
 
 class Location(Struct, frozen=True, kw_only=True):
@@ -68,9 +70,10 @@ class Location(Struct, frozen=True, kw_only=True):
 
 
 class Instrument(Struct, frozen=True, kw_only=True):
-    """An instrument."""
+    """An instrument. `site` is where it observes: the night of its data follows from the time zone there."""
 
     name: Label
+    site: str | None = None
     description: str = ""
 
 
@@ -259,12 +262,14 @@ def _own_faults(document: Document) -> list[Fault]:
 
 def _check(spec: Any, note: _NoteAt) -> None:
     match spec:
+        case Site() if spec.time_zone not in (zones := zoneinfo.available_timezones()):
+            note(("time_zone",), unknown("time zone", spec.time_zone, zones))
         case Software():
             _check_versions(spec, note)
         case Grouping():
             for n, rule in enumerate(spec.rules):
-                for fault in grouping.rule_faults(rule):
-                    note(("rules", n), f"rule {n + 1}: {fault}")
+                for at, fault in grouping.rule_faults(rule, (n,)):
+                    note(("rules", *at), f"rule {grouping.number(at)}: {fault}")
         case Pipeline():
             _check_pipeline(spec, note)
         case PackageIn():
@@ -421,8 +426,7 @@ def _read(conn: Connection, kind: str, names: Sequence[str] | None) -> dict[str,
             _read_parameters(conn, things)
         case "grouping":
             for thing in things.values():
-                fields = grouping.Rule.__struct_fields__
-                thing["rules"] = [{key: rule[key] for key in fields if key in rule} for rule in thing["rules"]]
+                thing["rules"] = [grouping.in_order(rule) for rule in thing["rules"]]
         case "pipeline":
             _read_steps(conn, things)
     return {thing["name"]: thing for thing in things.values()}
@@ -547,7 +551,12 @@ def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_
     faults = [*documents.faults, *_reference_faults(conn, documents), *_package_faults(conn, documents)]
     # Of what has faults itself only the name is sure.
     planned = {(c.document.kind, c.change.name): c.new if c.document.sound else {} for c in compared}
-    for kind, check in (("location", _location_faults), ("software", _version_faults), ("pipeline", _pipeline_faults)):
+    for kind, check in (
+        ("site", _site_faults),
+        ("location", _location_faults),
+        ("software", _version_faults),
+        ("pipeline", _pipeline_faults),
+    ):
         faults += check(conn, [c for c in compared if c.document.kind == kind], planned)
     refuse(faults)
     return compared
@@ -614,6 +623,16 @@ def _package_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
         planned = {kind.table.name: documents.of(name) for name, kind in KINDS.items()}
         for n, message in catalogue.check(conn, [p.spec for p in packages], planned=planned):
             yield packages[n].fault((), message)
+
+
+def _site_faults(conn: Connection, sites: Sequence[_Compared], _: _Planned) -> Iterator[Fault]:
+    """Nights are worked out by the database, which must know the time zone too."""
+    changed = {c.new["time_zone"]: c for c in sites if c.new["time_zone"] != c.old.get("time_zone", "UTC")}
+    known = text("SELECT name FROM pg_timezone_names WHERE name = ANY(:names)")
+    there = set(conn.scalars(known, {"names": list(changed)})) if changed else set()
+    for zone, c in changed.items():
+        if c.document.sound and zone not in there:
+            yield c.document.fault(("time_zone",), f"time zone {zone!r} is not known to this Postgres")
 
 
 def _location_faults(conn: Connection, locations: Sequence[_Compared], _: _Planned) -> Iterator[Fault]:

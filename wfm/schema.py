@@ -90,7 +90,14 @@ _FINAL = ", ".join(f"'{s}'" for s in sorted(FINAL_STATES))
 
 # --- catalogue ---
 
-site = Table("site", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description"))
+site = Table(
+    "site",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _text("description"),
+    _text("time_zone", "UTC"),  # IANA name; says when a night ends
+)
 
 data_location = Table(
     "data_location",
@@ -107,7 +114,12 @@ data_location = Table(
 )
 
 instrument = Table(
-    "instrument", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description")
+    "instrument",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _text("description"),
+    _ref("site_id", "site", null=True),  # where it observes
 )
 
 instrument_module = Table(

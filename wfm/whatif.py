@@ -1,9 +1,9 @@
-"""What would happen if definitions were others: the future of a location, by the real gap engine, and undone.
+"""What would happen at the next look (`plan`), or if definitions were others (`what_if`).
 
-The future is computed twice in one transaction: with the definitions as they are, and with the changed ones. Each time
-everything that is a gap becomes a run, every run succeeds at once, and what depends on it follows, until nothing is
-left. The runs of the two futures are compared, and the transaction is rolled back: no row changes, no event is
-published. (Numbers that sequences gave out are not given out again.)
+The real gap engine works it out, and the transaction is rolled back: no row changes, no event is published. (Numbers
+that sequences gave out are not given out again.) For `what_if` the future is computed twice in one transaction: with
+the definitions as they are, and with the changed ones. Each time everything that is a gap becomes a run, every run
+succeeds at once, and what depends on it follows, until nothing is left; the runs of the two futures are compared.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
+from typing import TypeVar
 
 from msgspec import Struct
 from sqlalchemy.exc import OperationalError
 
-from wfm import documents, gaps
+from wfm import documents, gaps, views
 from wfm.decide import Capacity, MoveFacts, PendingRun, admit
 from wfm.documents import Change, Documents
-from wfm.errors import UnavailableError
-from wfm.model import Actor, CoverageState, RunState
+from wfm.errors import NotFoundError, UnavailableError
+from wfm.grouping import unknown
+from wfm.model import Actor, CoverageState, RunState, Why
 from wfm.roles import every_pair
 from wfm.store import Move, Store, Tx
+from wfm.views import Estimate, StepCost
+
+T = TypeVar("T")
 
 ACTOR = Actor("what-if")
 
@@ -82,6 +87,152 @@ class WhatIf(Struct, frozen=True):
     shifts: list[Shift]
 
 
+# --- plan ---
+
+
+class Gaps(Struct, frozen=True, kw_only=True):
+    """Units of a step that stand alike.
+
+    Attributes:
+        starts: a run of theirs would be made at the next look.
+        run: the state of the run that they have already, or would have; None without one.
+        why: the reason in coverage. reason: it in words, for one of them; of runs, what caused them.
+        example: the key of one of them.
+    """
+
+    state: CoverageState
+    why: Why
+    starts: bool
+    run: RunState | None
+    reason: str
+    units: int
+    example: str
+
+
+class PlannedStep(Struct, frozen=True, kw_only=True):
+    """What the next look would make of the units of a step.
+
+    Attributes:
+        starts: runs that would be made. cost: of them. per_run: what one took so far.
+    """
+
+    pipeline: str
+    step: str
+    units: int
+    starts: int
+    cost: Estimate
+    per_run: StepCost
+    gaps: list[Gaps]
+
+
+class Plan(Struct, frozen=True):
+    """What the next look would do: runs that would be made, their cost, and every step."""
+
+    starts: int
+    cost: Estimate
+    steps: list[PlannedStep]
+
+
+def plan(
+    store: Store, location_id: int, *, pipeline: str | None = None, step: str | None = None, seconds: float = 60.0
+) -> Plan:
+    """Compare the catalogue with coverage as the trigger-manager does, and say what it would start now, and why.
+
+    Holds what the gap engine locks until it is done or gives up.
+
+    Args:
+        pipeline, step: look only at these; None for all.
+        seconds: after which it gives up.
+
+    Raises:
+        NotFoundError: no such pipeline at this location, or no such step in it.
+        UnavailableError: it took too long, or others held for too long what it needs.
+    """
+
+    def work(tx: Tx, in_time: Callable[[], None]) -> Plan:
+        views.coverage_summary(tx.conn, location_id, pipeline)
+        ids = None
+        if pipeline is not None:
+            ids = [r.id for r in tx.all("SELECT id FROM pipeline WHERE name = :name", name=pipeline)]
+        gaps.evaluate(tx, every_pair(tx, location_id, ids), ACTOR)
+        in_time()
+        return _planned(tx, location_id, pipeline, step)
+
+    return undone(store, work, seconds, "name a pipeline, or allow more seconds")
+
+
+def _planned(tx: Tx, location_id: int, pipeline: str | None, step: str | None) -> Plan:
+    steps = tx.all(
+        """
+        SELECT s.id, p.name AS pipeline, s.name AS step FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active
+            AND (CAST(:pipeline AS text) IS NULL OR p.name = :pipeline) ORDER BY p.name, s.position
+        """,
+        loc=location_id,
+        pipeline=pipeline,
+    )
+    if step is not None:
+        names = [s.step for s in steps]
+        steps = [s for s in steps if s.step == step]
+        if not steps:
+            raise NotFoundError(unknown("step", step, names))
+    found: dict[int, list[Gaps]] = {s.id: [] for s in steps}
+    for r in tx.all(
+        """
+        SELECT c.step_id, c.state, c.why, coalesce(t.actor = :actor, false) AS starts, r.state AS run,
+            CASE WHEN r.id IS NOT NULL THEN t.reason ELSE min(c.reason) END AS reason,
+            count(*) AS units, min(u.key) AS example
+        FROM coverage c JOIN unit u ON u.id = c.unit_id
+        LEFT JOIN run r ON (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.finished_at IS NULL
+        LEFT JOIN transition t ON t.run_id = r.id AND t.version = 1
+        WHERE c.step_id = ANY(:steps) GROUP BY c.step_id, c.state, c.why, 4, r.state, r.id IS NOT NULL, t.reason
+        ORDER BY 4 DESC, array_position(CAST(:order AS text[]), c.state), count(*) DESC, c.why
+        """,
+        actor=ACTOR.name,
+        steps=list(found),
+        order=[str(s) for s in _PLAN_ORDER],
+    ):
+        found[r.step_id].append(
+            Gaps(
+                state=CoverageState(r.state),
+                why=Why(r.why),
+                starts=r.starts,
+                run=RunState(r.run) if r.run else None,
+                reason=r.reason,
+                units=r.units,
+                example=r.example,
+            )
+        )
+    costs = views.step_costs(tx.conn, list(found))
+    starts = {i: sum(g.units for g in some if g.starts) for i, some in found.items()}
+    planned = [
+        PlannedStep(
+            pipeline=s.pipeline,
+            step=s.step,
+            units=sum(g.units for g in found[s.id]),
+            starts=starts[s.id],
+            cost=views.estimate(costs, {s.id: starts[s.id]}),
+            per_run=costs[s.id],
+            gaps=found[s.id],
+        )
+        for s in steps
+    ]
+    return Plan(sum(starts.values()), views.estimate(costs, starts), planned)
+
+
+_PLAN_ORDER = (
+    CoverageState.ACTIVE,
+    CoverageState.WAITING,
+    CoverageState.HELD,
+    CoverageState.BLOCKED,
+    CoverageState.COVERED,
+    CoverageState.EMPTY,
+)
+
+
+# --- other definitions ---
+
+
 _Unit = tuple[str, str, str]
 """(pipeline, step, unit key)"""
 
@@ -118,38 +269,52 @@ def what_if(
         DocumentError: the documents do not fit the database.
         UnavailableError: it took too long, or others held for too long what it needs.
     """
+
+    def work(tx: Tx, in_time: Callable[[], None]) -> WhatIf:
+        packages = None if since is None and until is None else _arrived(tx, location_id, since, until)
+        with tx.conn.begin_nested() as savepoint:
+            before = _future(tx, location_id, packages, limits[0], in_time)
+            savepoint.rollback()
+        applied = documents.apply(tx.conn, changed, location_id=location_id, actor=ACTOR.name)
+        after = _future(tx, location_id, packages, limits[1], in_time)
+        return _compare(before, after, applied.changes, packages)
+
+    return undone(store, work, seconds, "narrow it with --since, or allow more seconds")
+
+
+def undone(store: Store, work: Callable[[Tx, Callable[[], None]], T], seconds: float, advice: str) -> T:
+    """The value of some work, in a transaction that is rolled back.
+
+    Args:
+        work: is also given what it has to call from time to time, and that ends it when it takes too long.
+        seconds: after which it gives up, with this `advice`.
+
+    Raises:
+        UnavailableError: it took too long, or others held for too long what it needs.
+    """
     end = time.monotonic() + seconds
+    too_long = f"gave up after {seconds:g} s, so as not to hold others up: {advice}"
 
     def in_time() -> None:
         if time.monotonic() > end:
-            raise UnavailableError(_too_long(seconds))
+            raise UnavailableError(too_long)
 
-    def work(tx: Tx) -> WhatIf:
+    def attempt(tx: Tx) -> T:
         try:
             tx.run(
                 "SELECT set_config('statement_timeout', :most, true), set_config('lock_timeout', :most, true)",
                 most=f"{max(1, int((end - time.monotonic()) * 1000))}ms",
             )
-            packages = None if since is None and until is None else _arrived(tx, location_id, since, until)
-            with tx.conn.begin_nested() as savepoint:
-                before = _future(tx, location_id, packages, limits[0], in_time)
-                savepoint.rollback()
-            applied = documents.apply(tx.conn, changed, location_id=location_id, actor=ACTOR.name)
-            after = _future(tx, location_id, packages, limits[1], in_time)
-            return _compare(before, after, applied.changes, packages)
+            return work(tx, in_time)
         finally:
             tx.conn.rollback()
 
     try:
-        return store.retrying(work)[0]
+        return store.retrying(attempt)[0]
     except OperationalError as e:
         if getattr(e.orig, "pgcode", None) in ("57014", "55P03"):  # a statement or the wait for a lock took too long
-            raise UnavailableError(_too_long(seconds)) from e
+            raise UnavailableError(too_long) from e
         raise
-
-
-def _too_long(seconds: float) -> str:
-    return f"gave up after {seconds:g} s, so as not to hold others up: narrow it with --since, or allow more seconds"
 
 
 def _arrived(tx: Tx, location_id: int, since: datetime | None, until: datetime | None) -> list[int]:

@@ -282,9 +282,14 @@ class _Reader:
 
     def _plain(self, node: yaml.Node, path: Path) -> Any:
         """A node as JSON value."""
+        if isinstance(node, yaml.CollectionNode):
+            self.lines[path] = _line(node)
         if isinstance(node, yaml.SequenceNode):
-            items = [self._plain(item, (*path, n)) for n, item in enumerate(node.value)]
-            return [item for item in items if item is not _BAD]
+            listed: list[Any] = []
+            for child in node.value:  # numbered as in `_value`
+                item = self._plain(child, (*path, len(listed)))
+                listed += [] if item is _BAD else [item]
+            return listed
         if isinstance(node, yaml.MappingNode):
             found = {k: self._plain(v, (*path, k)) for k, v in self._entries(node, path).items()}
             return {k: v for k, v in found.items() if v is not _BAD}

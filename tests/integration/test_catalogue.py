@@ -7,24 +7,26 @@ import json
 import operator
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from sqlalchemy import Connection, Engine, event, insert, text
 
 from tests.services import Servers
 from wfm import catalogue, documents, grouping, schema, yamltext
 from wfm.catalogue import ExecutedObsUnitIn, FileIn, PackageIn, Registered, register, scan_files
 from wfm.errors import DocumentError, NotFoundError, RefusedError, UsageError
-from wfm.grouping import Rule, select_packages, validate_rules
+from wfm.grouping import AnyOf, Condition, Rule, select_packages, validate_rules
 from wfm.store import connect
 
 SITE = """
@@ -377,6 +379,12 @@ def test_scanning_files(tmp_path: Path) -> None:
 # --- grouping ---
 
 SCALARS: list[Any] = [1, 1.0, 2, 2.5, -1, 1e23, 10**23, "1", "a", "B", "ä", "a%", "", True, False, None, [1], {"x": 1}]
+# What may be read as another type, and what nearly may.
+READABLE: list[Any] = [
+    *("2025-06-01", "2025-06-01T04:30:00Z", "2025-06-01 04:30", "2024-02-29", "2000-02-29T23:59:59.5+02:00"),
+    *("2025-02-29", "1900-02-29", "2025-06-31", "0000-01-01", "2025-13-01", "2025-06-01T24:00:00", "now", "20250601"),
+    *("1e3", "-.5", "1.", "+7", ".", "1e", "0x1f", "1e9999", "NaN", "inf", " 1", "1_000", "٣", "true", "False", "t"),
+]
 TIMES = [datetime(2025, 6, 1, 4), datetime(2025, 6, 1, 4, 0, 0, 1), datetime(2025, 6, 2), None]
 NAMES = ["NGC253", "ngc253", "M31", "Zoë", "a_c", "abc", "100%"]
 
@@ -389,7 +397,10 @@ def _world(conn: Connection) -> list[dict[str, dict[str, Any]]]:
 
     sources = put(schema.source, [{"name": n, "type": "fixed" if len(n) > 3 else "moving"} for n in NAMES])
     programs = put(schema.observing_program, [{"name": "deep"}, {"name": "wide"}])
-    instruments = put(schema.instrument, [{"name": "CHAI"}, {"name": "Prime-Cam"}])
+    sites = put(schema.site, [{"name": "high", "time_zone": "America/Santiago"}])
+    instruments = put(
+        schema.instrument, [{"name": "CHAI", "site_id": sites[0]["id"]}, {"name": "Prime-Cam", "site_id": None}]
+    )
     modules = put(
         schema.instrument_module,
         [{"name": n, "instrument_id": instruments[n != "LFA"]["id"]} for n in ("LFA", "280", "350")],
@@ -424,7 +435,8 @@ def _world(conn: Connection) -> list[dict[str, dict[str, Any]]]:
                 "size": i,
                 "item": (1 << 127) + i,
                 "state": ["archived", "failed", "waiting"][i % 3],
-                "metadata": {} if i % 19 == 18 else {"v": SCALARS[i % 19], "deep": {"v": SCALARS[-i % 18]}},
+                "metadata": {"r": READABLE[i % len(READABLE)]}
+                | ({} if i % 19 == 18 else {"v": SCALARS[i % 19], "deep": {"v": SCALARS[-i % 18]}}),
             }
             for i in range(57)
         ],
@@ -445,7 +457,8 @@ def _world(conn: Connection) -> list[dict[str, dict[str, Any]]]:
                 "source": of(sources, o["source_id"]),
                 "observing_program": of(programs, o["observing_program_id"]),
                 "instrument_module": m,
-                "instrument": of(instruments, m["instrument_id"]),
+                "instrument": (i := of(instruments, m["instrument_id"])),
+                "site": of(sites, i["site_id"]),
             }
         )
     return reached
@@ -476,7 +489,17 @@ def _holds(rule: Rule, value: Any) -> bool:
     def equal(a: Any, b: Any) -> bool:
         return key(a) == key(b)
 
+    if rule.type:
+        value = _read_as(rule.type, value)
+    if rule.type == "time":
+        given = rule.value if isinstance(rule.value, list) else [rule.value]
+        times = [_read_as("time", v) for v in given]
+        rule = structs.replace(rule, value=times if isinstance(rule.value, list) else times[0])
     match rule.operator:
+        case "is_null":
+            return value is None
+        case "not_null":
+            return value is not None
         case "eq":
             return equal(value, rule.value)
         case "neq":
@@ -492,6 +515,61 @@ def _holds(rule: Rule, value: Any) -> bool:
             return kind == other and ORDERINGS[name](a, b)
 
 
+def _read_as(kind: str, value: Any) -> Any:
+    """What a JSON value is as text, number, boolean or time; None where it cannot be read so."""
+    text = value if isinstance(value, str) else None if isinstance(value, list | dict | None) else json.dumps(value)
+    if text is None:
+        return None
+    match kind:
+        case "text":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            return f"{Decimal(text).normalize():f}" if number else text
+        case "boolean":
+            return {"true": True, "false": False}.get(text)
+        case "number":
+            looks = re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?", text)
+            return Decimal(text) if looks else None
+        case _:
+            if not isinstance(value, str) or not re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value) or "T24" in value:
+                return None
+            try:
+                return grouping.parse_time(value)
+            except ValueError:
+                return None
+
+
+def _all_hold(rules: Iterable[Condition], reached: dict[str, dict[str, Any]]) -> bool:
+    return all(
+        _holds(r, _found(reached, r)) if isinstance(r, Rule) else any(_all_hold(m, reached) for m in r.any_of)
+        for r in rules
+    )
+
+
+def _value_of(dimension: str, reached: dict[str, dict[str, Any]]) -> str | None:
+    """What a dimension says of a package, said a second time in Python."""
+    if dimension == "night":
+        started = reached["executed_obs_unit"]["started_at"]
+        return started and _night(started, reached["site"].get("time_zone", "UTC"))
+    if "." not in dimension:
+        table, column = {"line": ("obs_unit", "line")}.get(dimension, (dimension, "name"))
+        return reached[table].get(column)
+    place, _, path = dimension.partition(":")
+    value: Any = _found(reached, Rule(*place.split("."), "eq", None, path or None))
+    return _read_as("text", value)
+
+
+def _night(time: datetime, zone: str) -> str:
+    clocks = time.astimezone(ZoneInfo(zone)).replace(tzinfo=None)
+    return (clocks - timedelta(hours=12)).date().isoformat()
+
+
+DIMENSIONS = [
+    *grouping.DIMENSIONS,
+    *("source.type", "raw_data_package.size", "raw_data_package.metadata:v", "raw_data_package.metadata:deep.v"),
+    "obs_unit.metadata:v",
+]
+
+
 def _found(reached: dict[str, dict[str, Any]], rule: Rule) -> Any:
     value = reached[rule.table].get(rule.column)
     for key in rule.json_path.split(".") if rule.json_path else ():
@@ -499,7 +577,7 @@ def _found(reached: dict[str, dict[str, Any]], rule: Rule) -> Any:
     return value.isoformat() if isinstance(value, datetime) else value
 
 
-def _rules() -> st.SearchStrategy[Rule]:
+def _rules() -> st.SearchStrategy[Condition]:
     texts = st.sampled_from([*NAMES, "CO", "", "o1", "e7", "p3", "archived", "fixed", "N", "a"])
     patterns = st.sampled_from(["%", "NGC%", "ngc253", "_%", "a\\_c", "a_c", "100\\%", "%5%", "", "\\a%", "Zo_"])
     numbers = st.sampled_from([0, 1, 3, 3.0, 2.5, -1, 56, 10**30, 1e23])
@@ -520,12 +598,35 @@ def _rules() -> st.SearchStrategy[Rule]:
             st.tuples(st.sampled_from(["in", "not_in"]), st.lists(values, max_size=3)),
             st.tuples(st.sampled_from(list(ORDERINGS)), comparable),
         ]
+        asked.append(st.tuples(st.sampled_from(["is_null", "not_null"]), st.none()))
         if paths != [None] or values is texts:
             asked.append(st.tuples(st.just("like"), patterns))
         kinds.append(
             st.tuples(place, path, st.one_of(asked)).map(lambda x: Rule(x[0][0], x[0][1], x[2][0], x[2][1], x[1]))
         )
-    return st.one_of(kinds)
+    as_types: dict[str, list[Any]] = {
+        "text": ["1", "2.5", "true", "a", "100000000000000000000000", "2025-06-01"],
+        "number": [1, 2.5, 1000, -0.5, 7, 1e23],
+        "boolean": [True, False],
+        "time": ["2025-06-01", "2025-06-01T04:30:00+00:00", "2000-02-29T21:59:59.5Z", "2024-02-29"],
+    }
+    for type_, some in as_types.items():
+        path, value = st.sampled_from(["r", "v", "deep.v"]), st.sampled_from(some)
+        ways = [
+            st.tuples(st.sampled_from(["eq", "neq"]), value | st.none()),
+            st.tuples(st.sampled_from(["in", "not_in"]), st.lists(value, max_size=3)),
+            st.tuples(st.sampled_from(["is_null", "not_null"]), st.none()),
+        ]
+        ways += [st.tuples(st.sampled_from(list(ORDERINGS)), value)] * (type_ != "boolean")
+        ways += [st.tuples(st.just("like"), patterns)] * (type_ == "text")
+        kinds.append(
+            st.tuples(path, st.one_of(ways)).map(
+                lambda x, type_=type_: Rule("raw_data_package", "metadata", x[1][0], x[1][1], x[0], type_)  # type: ignore[misc]
+            )
+        )
+    rules: st.SearchStrategy[Condition] = st.one_of(kinds)
+    members = st.lists(st.lists(rules, min_size=1, max_size=2).map(tuple), min_size=1, max_size=3)
+    return rules | members.map(lambda m: AnyOf(tuple(m)))
 
 
 def _units(found: Sequence[Any]) -> list[dict[str, Any]]:
@@ -539,29 +640,28 @@ def test_sql_and_plain_python_agree(conn: Connection) -> None:
     @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(_rules(), max_size=2),
-        st.lists(st.sampled_from(list(grouping.DIMENSIONS)), unique=True, max_size=3),
+        st.lists(st.sampled_from(DIMENSIONS), unique=True, max_size=3),
         st.none() | st.sets(st.integers(0, 60)),
         st.none() | st.integers(0, 3),
     )
-    def agree(rules: list[Rule], dims: list[str], some: set[int] | None, units: int | None) -> None:
+    def agree(rules: list[Condition], dims: list[str], some: set[int] | None, units: int | None) -> None:
         assert validate_rules(rules) == []
         wanted = []
         first = world[0]["raw_data_package"]["id"]
         ids = None if some is None else [first + i for i in some]
         for reached in world:
             p = reached["raw_data_package"]
-            columns = {d: grouping.DIMENSIONS[d] for d in sorted(dims)}
-            values = [reached[c.table.name].get(c.name) for c in columns.values()]
-            held = [_holds(r, _found(reached, r)) for r in rules]
-            hits.update(r.operator for r, h in zip(rules, held, strict=True) if h)
-            if all(held) and (ids is None or p["id"] in ids):
+            values = [_value_of(d, reached) for d in sorted(dims)]
+            hits.update(r.operator for r in grouping.leaves(rules) if _all_hold([r], reached))
+            if _all_hold(rules, reached) and (ids is None or p["id"] in ids):
                 wanted.append((p["id"], p["item"], *values))
         found = conn.execute(select_packages(rules, dims, package_ids=ids)).all()
-        assert sorted(map(tuple, found)) == sorted(wanted)
+        assert sorted(map(tuple, found), key=repr) == sorted(wanted, key=repr)
         if units is not None:
             some_units = _units(found)[:units]
             kept = conn.execute(select_packages(rules, dims, package_ids=ids, values=some_units)).all()
-            assert sorted(kept) == sorted(row for row, u in zip(found, _units(found), strict=True) if u in some_units)
+            expected = [row for row, u in zip(found, _units(found), strict=True) if u in some_units]
+            assert sorted(kept, key=repr) == sorted(expected, key=repr)
 
     agree()
     assert hits == set(grouping.OPERATORS)
@@ -571,9 +671,53 @@ def test_neither_rules_nor_data_of_other_types_make_sql_fail(conn: Connection) -
     _world(conn)
     for op in grouping.OPERATORS:
         for value in ("a", 1, True, None):
-            rule = Rule("raw_data_package", "metadata", op, [value] if op in ("in", "not_in") else value, "v")
-            if not validate_rules([rule]):
-                conn.execute(select_packages([rule], [])).all()
+            for type_ in (None, *grouping.TYPES):
+                given = [value] if op in ("in", "not_in") else value
+                for path in ("v", "r"):
+                    rule = Rule("raw_data_package", "metadata", op, given, path, type_)
+                    if not validate_rules([rule]):
+                        conn.execute(select_packages([rule], [])).all()
+
+
+# Clocks that were put on and back, also by half an hour; an offset of 5:45; a day that never was; winter without end.
+ZONES = ["UTC", "America/Santiago", "Europe/Berlin", "Australia/Lord_Howe", "Asia/Kathmandu", "Pacific/Apia"]
+CHANGES = [
+    *(datetime(2024, 4, 7, 3), datetime(2024, 9, 8, 4), datetime(2024, 3, 31, 1), datetime(2024, 10, 27, 1)),
+    *(datetime(2024, 4, 6, 15), datetime(2024, 10, 5, 15, 30), datetime(2011, 12, 30, 10), datetime(2024, 12, 31, 12)),
+    *(datetime(2025, 1, 1), datetime(2024, 2, 29, 12), datetime(1999, 12, 31, 16)),
+]
+
+
+def test_nights_are_those_of_the_clocks_on_site(conn: Connection) -> None:
+    source = conn.execute(insert(schema.source).values(name="s").returning(schema.source.c.id)).scalar_one()
+    unit = insert(schema.obs_unit).values(name="o", source_id=source).returning(schema.obs_unit.c.id)
+    obs_unit = conn.execute(unit).scalar_one()
+    around = [timedelta(hours=h, seconds=s) for h in range(-30, 31) for s in (-1, 0)]
+    times = [(at + d).replace(tzinfo=UTC) for at in CHANGES for d in around]
+    executed = [
+        conn.execute(
+            insert(schema.executed_obs_unit)
+            .values([{"name": str(n), "obs_unit_id": obs_unit, "started_at": t} for n, t in enumerate(times)])
+            .returning(schema.executed_obs_unit.c.id)
+        ).scalars()
+    ][0].all()
+    wanted = {}
+    for zone in ZONES:
+        apply(conn, f"kind: site\nname: {zone}\ntime_zone: {zone}\n---\nkind: instrument\nname: {zone}\nsite: {zone}\n")
+        apply(conn, f"kind: module\nname: {zone}\ninstrument: {zone}\n")
+        (module,) = rows(conn, "SELECT id FROM instrument_module WHERE name = :z", z=zone)
+        for n, (e, t) in enumerate(zip(executed, times, strict=True)):
+            wanted[f"{zone} {n}"] = (e, module.id, _night(t, zone))
+    conn.execute(
+        insert(schema.raw_data_package).values(
+            [
+                {"name": name, "executed_obs_unit_id": e, "instrument_module_id": m, "size": 1}
+                for name, (e, m, _) in wanted.items()
+            ]
+        )
+    )
+    found = conn.execute(select_packages([], ["night", "raw_data_package"])).all()
+    assert {row.raw_data_package: row.night for row in found} == {name: w[2] for name, w in wanted.items()}
 
 
 def test_each_table_is_joined_once(conn: Connection) -> None:
@@ -763,9 +907,10 @@ def test_steps_of_a_pipeline(conn: Connection) -> None:
         (PIPELINE + "priority: 3\n", {"chai"}),
         ("kind: source\nname: NGC253\nmetadata: {z: 1}\n", {"chai", "off", "other"}),
         ("kind: source\nname: M31\n", set()),
-        ("kind: site\nname: chile\ndescription: high\n", set()),
+        ("kind: site\nname: chile\ntime_zone: America/Santiago\n", {"chai", "off", "other"}),
+        ("kind: location\nname: archive\nsite: chile\ntype: long_term_archive\nroot: /arc\n", set()),
     ],
-    ids=["software", "config", "grouping", "pipeline", "source", "new source", "site"],
+    ids=["software", "config", "grouping", "pipeline", "source", "new source", "site", "location"],
 )
 def test_pipelines_that_use_what_changed_are_told(conn: Connection, change: str, told: set[str]) -> None:
     def other(name: str, grouping: str, software: str, step: str = "a", enabled: str = "true") -> str:

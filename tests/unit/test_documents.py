@@ -219,6 +219,7 @@ def package(text: str = "", files: str = "[{name: f, size: 1, checksum: 'sha256:
         ("kind: software\nname: s\nversions:\n- {version: 1.0, command: [x]}\n- {version: 1.0.0, command: [x]}\n", 5, "version 1.0.0 comes twice (first as 1.0)"),
         ("kind: software\nname: s\nversions:\n- {version: 1, command: [x]}\n- {version: 1, command: [x]}\n", 5, "version 1 comes twice (first as 1)"),
         ("kind: software\nname: s\nversions:\n- {version: 1.0, command: [x], state: gone}\n", 4, "unknown state 'gone'; allowed: active, deprecated, revoked"),
+        ("kind: site\nname: s\ntime_zone: America/Santiag\n", 3, "unknown time zone 'America/Santiag', did you mean 'America/Santiago'?"),
         ("kind: grouping\nname: g\nrules:\n- {table: source, column: name, operator: eq, value: x}\n- {table: sorce, column: name, operator: eq, value: x}\n", 5, "rule 2: unknown table 'sorce', did you mean 'source'?"),
         # pipelines
         ("kind: pipeline\nname: a/b\ngrouping: g\nsteps: [{name: a, software: s}]\n", 2, "name: expected a name that can be a directory"),

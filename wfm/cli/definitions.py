@@ -150,40 +150,52 @@ def diff(files: tuple[str, ...], more: tuple[str, ...], as_json: bool) -> None:
 
 
 class Kind(click.ParamType[str]):
-    """A kind of document."""
+    """A kind of document, or one of some further words."""
 
     name = "kind"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def __init__(self, *more: str) -> None:
+        self.more = more
+
+    def _allowed(self) -> list[str]:
         from wfm.documents import KINDS
+
+        return [*KINDS, *self.more]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from wfm.grouping import unknown
 
-        if value not in KINDS:
-            self.fail(unknown("kind", value, KINDS), param, ctx)
+        if value not in self._allowed():
+            self.fail(unknown("kind", value, self._allowed()), param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         """Kinds that begin so."""
         from click.shell_completion import CompletionItem
 
-        from wfm.documents import KINDS
+        return [CompletionItem(kind) for kind in self._allowed() if kind.startswith(incomplete)]
 
-        return [CompletionItem(kind) for kind in KINDS if kind.startswith(incomplete)]
+
+PRESETS = "presets"
 
 
 @click.command()
-@click.argument("kind", type=Kind())
+@click.argument("kind", type=Kind(PRESETS))
 @click.argument("name", required=False)
 @output.as_json
 def get(kind: str, name: str | None, as_json: bool) -> None:
-    """Print documents as they could be applied again.
+    """Print documents as they could be applied again; `presets` are ready ones, to be edited and applied.
 
     \b
     Example:  wfm get pipeline
               wfm get software linefit > linefit.yaml
+              wfm get presets chai-per-scan > chai.yaml
     """
     from wfm import documents, yamltext
 
+    if kind == PRESETS:
+        _get_presets(name, as_json)
+        return
     with context.deployment() as d, d.read() as tx:
         found = documents.get(tx.conn, kind, name)
     if as_json:
@@ -192,6 +204,24 @@ def get(kind: str, name: str | None, as_json: bool) -> None:
         click.echo(yamltext.dump(found), nl=False)
     else:
         click.echo(f"no {kind} yet", err=True)
+
+
+def _get_presets(name: str | None, as_json: bool) -> None:
+    from wfm import presets
+    from wfm.grouping import unknown
+
+    texts = presets.texts()
+    if name is not None and name not in texts:
+        raise NotFoundError(unknown("preset", name, texts))
+    if as_json:
+        shown = texts if name is None else {name: texts[name]}
+        output.document([{"name": n, "purpose": presets.purpose(t), "text": t} for n, t in shown.items()])
+    elif name is not None:
+        click.echo(texts[name], nl=False)
+    else:
+        rows = [(n, presets.purpose(t)) for n, t in texts.items()]
+        output.table(("PRESET", "FOR"), rows, empty="there are none")
+        click.echo("\n`wfm get presets NAME > mine.yaml`, edit it, then `wfm apply -f mine.yaml`")
 
 
 @click.command()

@@ -46,6 +46,7 @@ from wfm.views.run_lines import (
     run_detail,
     runs,
 )
+from wfm.views.selection import RuleCount, Selection, explain, explain_pipeline
 from wfm.views.verification import MOST_FAULTS, VerifyReport, verify
 
 __all__ = [
@@ -69,10 +70,12 @@ __all__ = [
     "PackageWhy",
     "PendingLine",
     "ProductLine",
+    "RuleCount",
     "RunBrief",
     "RunDetail",
     "RunLine",
     "RunRef",
+    "Selection",
     "StepCost",
     "TaskLine",
     "TransitionLine",
@@ -86,6 +89,8 @@ __all__ = [
     "estimate",
     "event_detail",
     "events",
+    "explain",
+    "explain_pipeline",
     "is_before",
     "lineage",
     "log_end",

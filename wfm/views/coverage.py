@@ -376,9 +376,7 @@ def _rejecting_rules(conn: Connection, package: int, rules: Mapping[str, list[An
     rejecting: dict[str, str] = {}
     for i in sorted(conn.execute(union_all(*each)).scalars()):
         pipeline, n, rule = asked[i]
-        where = f"{rule.table}.{rule.column}" + (f" at {rule.json_path}" if rule.json_path else "")
-        value = msgspec.json.encode(rule.value).decode()
-        rejecting.setdefault(pipeline, f"rule {n}, {where} {rule.operator} {value}")
+        rejecting.setdefault(pipeline, f"rule {n}, {rule}")
     return rejecting
 
 
