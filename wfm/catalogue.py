@@ -154,7 +154,7 @@ def emit(conn: Connection, events: Sequence[tuple[int, Event]], *, actor: str, r
     rows = []
     for location, what in events:
         body = msgspec.to_builtins(what)
-        about = {"loc": location, "type": body["type"], "recipient": ENTRANCES[body["type"]], "body": body}
+        about = {"loc": location, "type": body["type"], "recipient": ENTRANCES.get(body["type"], ""), "body": body}
         rows.append({**about, "actor": actor, "reason": reason})
     return [row.id for row in insert_events(conn, rows, REPUBLISH_SECONDS)]
 

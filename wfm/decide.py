@@ -22,6 +22,7 @@ from wfm.model import (
     JobStatus,
     Report,
     RunState,
+    Standing,
     TriggerType,
     VersionPolicy,
     Why,
@@ -242,6 +243,28 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
             due_in=left,
         )
     return say(CoverageState.ACTIVE, Why.RUN, "", run=True)
+
+
+# --- the certificate of a night ---
+
+NOT_ASKED_FOR = frozenset({Why.MANUAL})
+"""Reasons that the definitions themselves give: nothing is late, and nobody has to act."""
+
+
+def standing(selected: bool, unsorted: bool, open_pairs: Iterable[Why], waived: bool) -> Standing:
+    """What the certificate of a night says of one raw data package.
+
+    Args:
+        selected: some enabled pipeline works on it. unsorted: it belongs to units that nobody has given it to yet.
+        open_pairs: why each of its (step, unit) pairs that is neither covered nor waived is as it is.
+        waived: the package, or a pair of it that is not covered, is.
+    """
+    reasons = set(open_pairs)
+    if unsorted or reasons - NOT_ASKED_FOR:
+        return Standing.OPEN
+    if reasons or not selected:
+        return Standing.EXPLAINED
+    return Standing.WAIVED if waived else Standing.COVERED
 
 
 # --- admission ---

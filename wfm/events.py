@@ -61,6 +61,22 @@ class PipelineChanged(Event, frozen=True, tag="pipeline.changed", kw_only=True):
     pipeline_id: Key
 
 
+class WaiverChanged(Event, frozen=True, tag="waiver.changed", kw_only=True):
+    """A package, or a unit of a step, need not be covered for a while; or it must be again, before that time.
+
+    Attributes:
+        package, or pipeline, step and unit: names of what it is about.
+        until: when it ends by itself, ISO 8601. ended: it was ended before.
+    """
+
+    package: str = ""
+    pipeline: str = ""
+    step: str = ""
+    unit: str = ""
+    until: str
+    ended: bool = False
+
+
 class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
     """Something that a PENDING run may have waited for is free."""
 
@@ -128,6 +144,7 @@ class RunCancelled(RunEvent, frozen=True, tag="run.cancelled", kw_only=True):
 AnyEvent = (
     DataArrived
     | PipelineChanged
+    | WaiverChanged
     | SlotFreed
     | GapDetected
     | JobBuilt

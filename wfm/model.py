@@ -73,6 +73,19 @@ class Why(StrEnum):
     EMPTY = "empty"
 
 
+class Standing(StrEnum):
+    """What the certificate of a night says of a raw data package."""
+
+    COVERED = "covered"
+    """By every step of every enabled pipeline that selects it."""
+    WAIVED = "waived"
+    """What is not covered need not be, as somebody said, until a certain time."""
+    EXPLAINED = "explained"
+    """What is not covered is not asked for: by the definitions, nothing is to be done with it now."""
+    OPEN = "open"
+    """Something must still be done, or decided."""
+
+
 class TriggerType(StrEnum):
     """When gaps of a pipeline become runs."""
 

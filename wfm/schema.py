@@ -157,6 +157,7 @@ executed_obs_unit = Table(
     _time("ended_at"),
     _json("metadata"),
     CheckConstraint("ended_at >= started_at", name="order"),
+    Index("ix_executed_obs_unit_started_at", "started_at"),  # what was observed in a night
 )
 
 raw_data_package = Table(
@@ -173,6 +174,7 @@ raw_data_package = Table(
     _time("registered_at", now=True),
     _one_of("state", ("waiting", "transferring", "archived", "failed")),
     CheckConstraint("size >= 0", name="size"),
+    Index("ix_raw_data_package_registered_at", "registered_at"),
 )
 
 raw_data_file = Table(
@@ -435,6 +437,28 @@ coverage = Table(
     _one_of("state", CoverageState),
     CheckConstraint("state <> 'covered' OR (run_id IS NOT NULL AND result IS NOT NULL)", name="covered_by"),
     Index("ix_coverage_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+)
+
+# That something of a night need not be covered, for its certificate alone: a package, or a unit of a step.
+waiver = Table(
+    "waiver",
+    metadata,
+    _id(),
+    _ref("package_id", "raw_data_package", null=True),
+    _ref("step_id", "reduction_step", null=True),
+    _ref("unit_id", "unit", null=True),
+    Column("until", DateTime(timezone=True), nullable=False),
+    _text("actor", None),
+    _text("reason", None),
+    _time("created_at", now=True),
+    _time("ended_at"),  # before its time, or because another one took its place
+    _text("ended_by"),
+    _text("ended_reason"),
+    CheckConstraint(
+        "(package_id IS NULL) = (step_id IS NOT NULL) AND (step_id IS NULL) = (unit_id IS NULL)", name="one_thing"
+    ),
+    Index("uq_waiver_package", "package_id", unique=True, postgresql_where=text("ended_at IS NULL")),
+    Index("uq_waiver_unit", "step_id", "unit_id", unique=True, postgresql_where=text("ended_at IS NULL")),
 )
 
 # --- runs ---

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from wfm import __version__
-from wfm.cli import context, data, definitions, events, runs, system, trial, upkeep
+from wfm.cli import context, data, definitions, events, nights, runs, system, trial, upkeep
 
 __all__ = ["main", "wfm"]
 
@@ -29,6 +29,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         runs.why,
         trial.try_,
     ),
+    "Nights": (nights.coverage, nights.waive),
     "Runs and results": (runs.runs, runs.lineage, events.events),
     "Upkeep": (upkeep.doctor, system.health, upkeep.db, upkeep.charts, upkeep.completion),
 }

@@ -5,6 +5,16 @@ A question costs a fixed number of statements, however many rows it touches. Ans
 search path decides. A name that does not exist is a `NotFoundError` that gives the nearest one.
 """
 
+from wfm.views.certificate import (
+    Certificate,
+    CertifiedPackage,
+    OpenUnit,
+    WaiverLine,
+    certificate,
+    last_night,
+    night_bounds,
+    waivers,
+)
 from wfm.views.cost import Estimate, StepCost, estimate, step_costs
 from wfm.views.coverage import (
     CHANGE,
@@ -53,6 +63,8 @@ __all__ = [
     "MOST_FAULTS",
     "SHOWN",
     "START",
+    "Certificate",
+    "CertifiedPackage",
     "Counts",
     "CoverageLine",
     "DeadLetter",
@@ -65,6 +77,7 @@ __all__ = [
     "LineageKind",
     "LineageNode",
     "NotSelected",
+    "OpenUnit",
     "PackageLine",
     "PackageWhy",
     "PendingLine",
@@ -78,7 +91,9 @@ __all__ = [
     "TransitionLine",
     "UpstreamUnit",
     "VerifyReport",
+    "WaiverLine",
     "WhyLine",
+    "certificate",
     "counts",
     "coverage_summary",
     "dead_letter",
@@ -87,15 +102,18 @@ __all__ = [
     "event_detail",
     "events",
     "is_before",
+    "last_night",
     "lineage",
     "log_end",
     "mermaid",
+    "night_bounds",
     "packages",
     "run_detail",
     "runs",
     "step_costs",
     "tree",
     "verify",
+    "waivers",
     "why",
     "why_package",
 ]
