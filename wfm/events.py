@@ -65,7 +65,8 @@ class WaiverChanged(Event, frozen=True, tag="waiver.changed", kw_only=True):
     """A package, or a unit of a step, need not be covered for a while; or it must be again, before that time.
 
     Attributes:
-        package, or pipeline, step and unit: names of what it is about.
+        package: its name; empty where it is about a unit.
+        pipeline: name. step: name. unit: key.
         until: when it ends by itself, ISO 8601. ended: it was ended before.
     """
 
