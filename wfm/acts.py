@@ -8,10 +8,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from wfm.catalogue import emit
+from wfm import plan
+from wfm.catalogue import emit, lock
 from wfm.decide import AgainFacts, MoveFacts, not_again
 from wfm.errors import NotFoundError, RefusedError
-from wfm.events import ENTRANCES, Message, PipelineChanged, WaiverChanged
+from wfm.events import ENTRANCES, Message, ObservationLost, PipelineChanged, WaiverChanged
 from wfm.grouping import unknown
 from wfm.model import Actor, Role, RunState
 from wfm.roles import next_attempt
@@ -284,6 +285,31 @@ def _end_waivers(tx: Tx, things: Sequence[_Waived], actor: Actor) -> list[int]:
 
 def _tell_waivers(tx: Tx, location_id: int, things: Sequence[_Waived], actor: Actor) -> None:
     told = [(location_id, t.event) for t in things]
+    tx.load_events(emit(tx.conn, told, actor=actor.name, reason=actor.reason))
+
+
+# --- the observing plan ---
+
+
+def lose(tx: Tx, location_id: int, names: Sequence[str], actor: Actor) -> None:
+    """Declare scheduled observations lost: nothing waits for them any more, and they are no absence.
+
+    Raises:
+        NotFoundError: with every name that does not exist; nothing is lost then.
+    """
+    lock(tx.conn)
+    rows = tx.all(
+        "UPDATE scheduled_observation SET state = 'lost', lost_by = :actor, lost_reason = :reason"
+        " WHERE name = ANY(:names) RETURNING name",
+        names=list(names),
+        actor=actor.name,
+        reason=actor.reason,
+    )
+    if missing := sorted({*names} - {r.name for r in rows}):
+        known = [r.name for r in tx.all("SELECT name FROM scheduled_observation ORDER BY name")]
+        raise NotFoundError("\n".join(unknown("scheduled observation", name, known) for name in missing))
+    plan.look_again(tx.conn)
+    told = [(location_id, ObservationLost(scheduled_observation=r.name)) for r in rows]
     tx.load_events(emit(tx.conn, told, actor=actor.name, reason=actor.reason))
 
 

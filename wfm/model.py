@@ -62,6 +62,7 @@ class Why(StrEnum):
     UPSTREAM = "waiting_for_upstream"
     UPSTREAM_FAILED = "upstream_failed"
     ARRIVALS = "arrivals_not_sorted_yet"
+    INCOMPLETE = "group_not_complete"
     COOLDOWN = "cooling_down"
     NO_COPY = "no_reachable_copy"
     NO_VERSION = "no_usable_software_version"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wfm.cli import context, output
+from wfm.cli.data import show_plan
 from wfm.errors import UsageError
 from wfm.model import Standing
 
@@ -69,6 +70,8 @@ def _show(c: Certificate) -> None:
     total = len(c.packages)
     left = c.counts[Standing.OPEN]
     verdict = f"{left} of {output.plural(total, 'package')} still open" if left else f"{total} packages, nothing open"
+    if c.planned:
+        verdict += f"; {output.plural(len(c.planned), 'planned observation')} missing"
     click.echo(f"night {c.night}, from {output.when(c.start)} to {output.when(c.end)}: {verdict}\n")
     output.table(("PACKAGES", "NUMBER"), list(c.counts.items()), empty="")
     columns = ("STEP", "UNIT", "PACKAGES", "FOR EXAMPLE", "STATE", "REASON", "WHAT WOULD CHANGE IT")
@@ -83,6 +86,9 @@ def _show(c: Certificate) -> None:
     if c.unsorted:
         click.echo(f"\nopen: arrived, but not sorted into units yet: {_some(c.unsorted)}")
         click.echo("the trigger-manager does that next; if it stays so, see `wfm health trigger-manager`")
+    if c.planned:
+        click.echo("\nopen: planned, but not arrived; `wfm data lost NAME` says that it never will")
+        show_plan(c.planned)
     if c.unselected:
         click.echo(f"\nexplained: no enabled pipeline selects {_some(c.unselected)}")
         click.echo(f"`wfm why --package {c.unselected[0]}` names the rule that rejects it")

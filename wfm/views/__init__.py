@@ -44,6 +44,7 @@ from wfm.views.ledger import (
     log_end,
 )
 from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
+from wfm.views.planned import AbsenceLine, PlanLine, absences, planned
 from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
 from wfm.views.run_lines import (
     SHOWN,
@@ -63,6 +64,7 @@ __all__ = [
     "MOST_FAULTS",
     "SHOWN",
     "START",
+    "AbsenceLine",
     "Certificate",
     "CertifiedPackage",
     "Counts",
@@ -81,6 +83,7 @@ __all__ = [
     "PackageLine",
     "PackageWhy",
     "PendingLine",
+    "PlanLine",
     "ProductLine",
     "RunBrief",
     "RunDetail",
@@ -93,6 +96,7 @@ __all__ = [
     "VerifyReport",
     "WaiverLine",
     "WhyLine",
+    "absences",
     "certificate",
     "counts",
     "coverage_summary",
@@ -108,6 +112,7 @@ __all__ = [
     "mermaid",
     "night_bounds",
     "packages",
+    "planned",
     "run_detail",
     "runs",
     "step_costs",

@@ -14,6 +14,7 @@ from wfm import grouping
 from wfm.decide import NOT_ASKED_FOR, standing
 from wfm.model import Standing, Why
 from wfm.views.coverage import WhyLine, _why
+from wfm.views.planned import PlanLine, planned
 from wfm.views.sql import _OF_PIPELINE, _PIPELINES_HERE, _all, _require, _require_location, _rows
 
 IN_FORCE = "w.ended_at IS NULL AND w.until > now()"
@@ -68,6 +69,7 @@ class Certificate(Struct, frozen=True, kw_only=True):
         counts: packages by standing (each is there).
         open: what is missing. explained: what is not asked for. Both by unit, those with most packages first.
         unsorted: packages that no unit has yet, though they are selected. unselected: those of no enabled pipeline.
+        planned: scheduled observations of the night that have neither arrived nor been declared lost.
         waivers: in force, about this night.
     """
 
@@ -79,13 +81,14 @@ class Certificate(Struct, frozen=True, kw_only=True):
     explained: list[OpenUnit]
     unsorted: list[str]
     unselected: list[str]
+    planned: list[PlanLine]
     waivers: list[WaiverLine]
     packages: list[CertifiedPackage]
 
     @property
     def complete(self) -> bool:
-        """Whether every package is covered, waived or explained."""
-        return not self.counts[Standing.OPEN]
+        """Whether every package is covered, waived or explained, and nothing that was planned is still missing."""
+        return not self.counts[Standing.OPEN] and not self.planned
 
 
 def night_bounds(night: date) -> tuple[datetime, datetime]:
@@ -165,6 +168,7 @@ def certificate(conn: Connection, night: date, *, location_id: int, pipeline: st
         explained=[u for u in units if u.why in NOT_ASKED_FOR],
         unsorted=[p.name for p in packages if p.pending or p.id in missing],
         unselected=[p.name for p in packages if not p.pipelines and not p.pending and p.id not in missing],
+        planned=[o for o in planned(conn, start=start, end=end) if o.state in ("planned", "late")],
         waivers=_of_night(conn, asked),
         packages=[CertifiedPackage(p.name, where[p.id]) for p in packages],
     )
