@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from msgspec import Struct
 
+from wfm import plan
+from wfm.catalogue import emit, lock
 from wfm.decide import AgainFacts, MoveFacts, not_again
 from wfm.errors import NotFoundError, RefusedError
-from wfm.events import ENTRANCES, Message, PipelineChanged
+from wfm.events import ENTRANCES, Message, ObservationLost, PipelineChanged, WaiverChanged
 from wfm.grouping import unknown
 from wfm.model import Actor, Role, RunState
 from wfm.roles import next_attempt
-from wfm.store import Move, RunRow, Tx
+from wfm.store import Move, RunRow, Tx, encode
 
 
 class Moved(Struct, frozen=True):
@@ -162,6 +165,155 @@ def trigger(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Ac
         raise NotFoundError(f"pipeline {pipeline!r} has no unit {unit!r}; see `wfm why {pipeline}`")
     _tell(tx, row, actor)
     return asked
+
+
+# --- waivers ---
+
+
+class _Waived(Struct, frozen=True):
+    """What a waiver is about: the ids of its row, and the names of its event."""
+
+    package_id: int | None
+    step_id: int | None
+    unit_id: int | None
+    event: WaiverChanged
+
+
+def waive(
+    tx: Tx, location_id: int, packages: Sequence[str], units: Mapping[str, Sequence[str]], until: datetime, actor: Actor
+) -> int:
+    """Say that packages, or units of steps, need not be covered until then; returns how many.
+
+    It counts for the certificate of a night alone: what is waived still runs, and is waited for. A waiver takes the
+    place of an older one about the same.
+
+    Args:
+        units: their keys, by ``PIPELINE/STEP``.
+
+    Raises:
+        NotFoundError: with every name that does not exist; nothing is waived then.
+    """
+    things = _to_waive(tx, location_id, packages, units, until)
+    _end_waivers(tx, things, Actor(actor.name, "another waiver takes its place"))
+    tx.run(
+        """
+        INSERT INTO waiver (package_id, step_id, unit_id, until, actor, reason)
+        SELECT package_id, step_id, unit_id, :until, :actor, :reason FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+            AS w(package_id bigint, step_id bigint, unit_id bigint)
+        """,
+        until=until,
+        actor=actor.name,
+        reason=actor.reason,
+        rows=encode(things),
+    )
+    _tell_waivers(tx, location_id, things, actor)
+    return len(things)
+
+
+def end_waivers(
+    tx: Tx, location_id: int, packages: Sequence[str], units: Mapping[str, Sequence[str]], actor: Actor
+) -> int:
+    """End waivers before their time; returns how many were in force.
+
+    Raises:
+        NotFoundError: with every name that does not exist. RefusedError: something that is not waived; nothing ends.
+    """
+    things = _to_waive(tx, location_id, packages, units, None)
+    ended = _end_waivers(tx, things, actor)
+    if len(ended) < len(things):
+        names = [t.event.package or f"{t.event.pipeline}/{t.event.step} {t.event.unit}" for t in things]
+        raise RefusedError(f"not all of this is waived: {', '.join(names)}; see `wfm waive --list`")
+    _tell_waivers(tx, location_id, things, actor)
+    return len(ended)
+
+
+def _to_waive(
+    tx: Tx,
+    location_id: int,
+    packages: Sequence[str],
+    units: Mapping[str, Sequence[str]],
+    until: datetime | None,
+) -> list[_Waived]:
+    more: dict[str, Any] = {"until": "" if until is None else until.isoformat(), "ended": until is None}
+    pairs = [(target, key) for target, keys in units.items() for key in keys]
+    known = {
+        r.name: r.id
+        for r in tx.all("SELECT id, name FROM raw_data_package WHERE name = ANY(:names)", names=list(packages))
+    }
+    found = {
+        (r.target, r.key): r
+        for r in tx.all(
+            """
+            SELECT p.name || '/' || s.name AS target, p.name AS pipeline, s.name AS step, u.key, s.id AS step_id,
+                u.id AS unit_id
+            FROM unnest(CAST(:targets AS text[]), CAST(:keys AS text[])) AS q(target, key)
+            JOIN pipeline p ON p.name = split_part(q.target, '/', 1) AND p.location_id = :loc AND p.deleted_at IS NULL
+            JOIN reduction_step s ON s.pipeline_id = p.id AND s.active AND s.name = split_part(q.target, '/', 2)
+            JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims AND u.key = q.key
+            """,
+            loc=location_id,
+            targets=[target for target, _ in pairs],
+            keys=[key for _, key in pairs],
+        )
+    }
+    faults = [f"unknown raw data package {name!r}; see `wfm data list`" for name in packages if name not in known]
+    faults += [f"{t} has no unit {k!r}; see `wfm why {t}`" for t, k in pairs if (t, k) not in found]
+    if faults:
+        raise NotFoundError("\n".join(faults))
+    about = [_Waived(known[name], None, None, WaiverChanged(package=name, **more)) for name in dict.fromkeys(packages)]
+    return about + [
+        _Waived(None, r.step_id, r.unit_id, WaiverChanged(pipeline=r.pipeline, step=r.step, unit=r.key, **more))
+        for r in found.values()
+    ]
+
+
+def _end_waivers(tx: Tx, things: Sequence[_Waived], actor: Actor) -> list[int]:
+    """End what is in force of these; those whose time is over make room, but are not counted."""
+    rows = tx.all(
+        """
+        UPDATE waiver w SET ended_at = now(), ended_by = :actor, ended_reason = :reason
+        FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS t(package_id bigint, step_id bigint, unit_id bigint)
+        WHERE w.ended_at IS NULL AND (w.package_id = t.package_id OR (w.step_id, w.unit_id) = (t.step_id, t.unit_id))
+        RETURNING w.id, w.until > now() AS counts
+        """,
+        actor=actor.name,
+        reason=actor.reason,
+        rows=encode(things),
+    )
+    return [r.id for r in rows if r.counts]
+
+
+def _tell_waivers(tx: Tx, location_id: int, things: Sequence[_Waived], actor: Actor) -> None:
+    told = [(location_id, t.event) for t in things]
+    tx.load_events(emit(tx.conn, told, actor=actor.name, reason=actor.reason))
+
+
+# --- the observing plan ---
+
+
+def lose(tx: Tx, location_id: int, names: Sequence[str], actor: Actor) -> None:
+    """Declare scheduled observations lost: nothing waits for them any more, and they are no absence.
+
+    Raises:
+        NotFoundError: with every name that does not exist; nothing is lost then.
+    """
+    lock(tx.conn)
+    rows = tx.all(
+        "UPDATE scheduled_observation SET state = 'lost', lost_by = :actor, lost_reason = :reason"
+        " WHERE name = ANY(:names) RETURNING name",
+        names=list(names),
+        actor=actor.name,
+        reason=actor.reason,
+    )
+    if missing := sorted({*names} - {r.name for r in rows}):
+        known = [r.name for r in tx.all("SELECT name FROM scheduled_observation ORDER BY name")]
+        raise NotFoundError("\n".join(unknown("scheduled observation", name, known) for name in missing))
+    plan.look_again(tx.conn)
+    told = [(location_id, ObservationLost(scheduled_observation=r.name)) for r in rows]
+    tx.load_events(emit(tx.conn, told, actor=actor.name, reason=actor.reason))
+
+
+# --- the ledger ---
 
 
 def republish(tx: Tx, location_id: int, ids: Sequence[int] | None = None) -> int:

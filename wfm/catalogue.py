@@ -81,6 +81,7 @@ class FileIn(Struct, frozen=True, forbid_unknown_fields=True):
 class ExecutedObsUnitIn(Struct, frozen=True, forbid_unknown_fields=True):
     """The observation that made a package. What is None stays as the catalogue has it.
 
+    `scheduled` names the scheduled observation that it carries out; without it, that is found by time (`wfm.plan`).
     A new one needs its `obs_unit`; obs_unit, source and program are created when the catalogue lacks them.
     What the catalogue has already must agree.
     """
@@ -92,6 +93,7 @@ class ExecutedObsUnitIn(Struct, frozen=True, forbid_unknown_fields=True):
     line: str | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    scheduled: str | None = None
 
 
 class PackageIn(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,7 +156,7 @@ def emit(conn: Connection, events: Sequence[tuple[int, Event]], *, actor: str, r
     rows = []
     for location, what in events:
         body = msgspec.to_builtins(what)
-        about = {"loc": location, "type": body["type"], "recipient": ENTRANCES[body["type"]], "body": body}
+        about = {"loc": location, "type": body["type"], "recipient": ENTRANCES.get(body["type"], ""), "body": body}
         rows.append({**about, "actor": actor, "reason": reason})
     return [row.id for row in insert_events(conn, rows, REPUBLISH_SECONDS)]
 
@@ -171,6 +173,7 @@ def package_faults(package: PackageIn) -> list[str]:
         "executed_obs_unit.obs_unit": o.obs_unit,
         "executed_obs_unit.source": o.source,
         "executed_obs_unit.program": o.program,
+        "executed_obs_unit.scheduled": o.scheduled,
         "module": package.module,
         "instrument": package.instrument,
     }
@@ -232,6 +235,7 @@ _ENTRIES: dict[Table, tuple[Column[Any], ...]] = {
         executed_obs_unit.c.obs_unit_id,
         executed_obs_unit.c.started_at,
         executed_obs_unit.c.ended_at,
+        executed_obs_unit.c.scheduled,
     ),
 }
 _EMPTY = (None, "")
@@ -312,7 +316,7 @@ def _entries(packages: Sequence[PackageIn], faults: list[Fault]) -> _Entries:
         name(n, source, o.source)
         name(n, observing_program, o.program)
         name(n, obs_unit, o.obs_unit, o.source, o.program, o.line)
-        name(n, executed_obs_unit, o.name, o.obs_unit, _utc(o.started_at), _utc(o.ended_at))
+        name(n, executed_obs_unit, o.name, o.obs_unit, _utc(o.started_at), _utc(o.ended_at), o.scheduled)
     return entries
 
 
@@ -548,7 +552,8 @@ def read(
         text(f"""
         SELECT p.name, p.state, p.metadata, m.name AS module, i.name AS instrument,
             jsonb_build_object('name', e.name, 'obs_unit', o.name, 'source', s.name, 'program', g.name, 'line', o.line,
-                'started_at', e.started_at, 'ended_at', e.ended_at) AS executed_obs_unit,
+                'started_at', e.started_at, 'ended_at', e.ended_at,
+                'scheduled', nullif(e.scheduled, '')) AS executed_obs_unit,
             (SELECT coalesce(jsonb_agg(jsonb_build_object('name', f.name, 'size', f.size, 'checksum', f.checksum)
                 ORDER BY f.name COLLATE "C"), '[]') FROM raw_data_file f WHERE f.package_id = p.id) AS files,
             (SELECT jsonb_agg(jsonb_build_array(l.name, c.path) ORDER BY c.id)

@@ -22,6 +22,7 @@ from wfm.model import (
     JobStatus,
     Report,
     RunState,
+    Standing,
     TriggerType,
     VersionPolicy,
     Why,
@@ -121,19 +122,49 @@ class Upstream(Struct, frozen=True):
 
 
 class ActiveRun(Struct, frozen=True):
-    """The run that is on its way for a unit."""
+    """The run that is on its way for a unit. `missing`: the scheduled observations that it did not wait for."""
 
     id: int
     state: RunState
     wanted: str
+    missing: tuple[str, ...] = ()
 
 
 class EndedRun(Struct, frozen=True):
-    """The latest run with the wanted digest that has ended."""
+    """The latest run with the wanted digest that has ended. `missing`: as in `ActiveRun`."""
 
     id: int
     state: RunState
     message: str
+    missing: tuple[str, ...] = ()
+
+
+class Plan(Struct, frozen=True):
+    """What the observing plan says of a unit whose step waits until its group is complete.
+
+    Attributes:
+        expected: scheduled observations that fall into the unit and are not lost. missing: names of those that have
+            not arrived. seconds_left: until the deadline. deadline: the same, as people read it.
+    """
+
+    expected: int
+    missing: tuple[str, ...]
+    seconds_left: float
+    deadline: str
+
+
+PLAN_LOOK_SECONDS = 300.0
+"""What is missing may arrive in another unit; so the plan is looked at again before its deadline."""
+
+
+def named(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def without(missing: Sequence[str]) -> str:
+    """What is said of a run that did not wait any longer; empty where nothing is missing."""
+    return f", without {named(missing)}" if missing else ""
 
 
 class GapFacts(Struct, frozen=True):
@@ -153,6 +184,7 @@ class GapFacts(Struct, frozen=True):
     cooldown_seconds: float = 0.0
     seconds_since_last_run: float | None = None
     missing_copies: tuple[str, ...] = ()
+    plan: Plan | None = None
 
 
 class GapDecision(Struct, frozen=True):
@@ -195,7 +227,7 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
     say = GapDecision
     if f.active and withdraw is None:
         if f.active.wanted == f.wanted:
-            return say(CoverageState.ACTIVE, Why.RUN, f"run {f.active.id}")
+            return say(CoverageState.ACTIVE, Why.RUN, f"run {f.active.id}{without(f.active.missing)}")
         return say(
             CoverageState.ACTIVE,
             Why.NEWER_INPUT,
@@ -219,7 +251,9 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
     if f.version_fault:
         return say(CoverageState.BLOCKED, Why.NO_VERSION, f.version_fault)
     if f.ended and f.ended.state is RunState.COMPLETED:
-        return say(CoverageState.COVERED, Why.COVERED, f"run {f.ended.id}", covered_by=f.ended.id)
+        return say(
+            CoverageState.COVERED, Why.COVERED, f"run {f.ended.id}{without(f.ended.missing)}", covered_by=f.ended.id
+        )
     if f.ended and f.ended.state is RunState.FAILED:
         return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}")
     if f.ended and f.ended.state is RunState.CANCELLED:
@@ -230,9 +264,17 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return say(CoverageState.HELD, Why.PAUSED, f.paused)
     if f.trigger is not TriggerType.CONTINUOUS and not f.requested:
         return say(CoverageState.HELD, Why.MANUAL, "the pipeline runs on request only")
+    if f.plan and f.plan.missing and f.plan.seconds_left > 0:
+        return say(
+            CoverageState.WAITING,
+            Why.INCOMPLETE,
+            f"{len(f.plan.missing)} of {f.plan.expected} scheduled observations have not arrived:"
+            f" {named(f.plan.missing)}; runs without them from {f.plan.deadline} on",
+            due_in=min(f.plan.seconds_left, PLAN_LOOK_SECONDS),
+        )
     if f.missing_copies:
-        listed = ", ".join(f.missing_copies[:3]) + (", ..." if len(f.missing_copies) > 3 else "")
-        return say(CoverageState.WAITING, Why.NO_COPY, f"no reachable copy of {listed}", due_in=60.0)
+        copies = named(f.missing_copies)
+        return say(CoverageState.WAITING, Why.NO_COPY, f"no reachable copy of {copies}", due_in=60.0)
     if f.seconds_since_last_run is not None and f.seconds_since_last_run < f.cooldown_seconds:
         left = f.cooldown_seconds - f.seconds_since_last_run
         return say(
@@ -241,7 +283,29 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
             f"not more often than every {f.cooldown_seconds:g} s",
             due_in=left,
         )
-    return say(CoverageState.ACTIVE, Why.RUN, "", run=True)
+    return say(CoverageState.ACTIVE, Why.RUN, without(f.plan.missing) if f.plan else "", run=True)
+
+
+# --- the certificate of a night ---
+
+NOT_ASKED_FOR = frozenset({Why.MANUAL})
+"""Reasons that the definitions themselves give: nothing is late, and nobody has to act."""
+
+
+def standing(selected: bool, unsorted: bool, open_pairs: Iterable[Why], waived: bool) -> Standing:
+    """What the certificate of a night says of one raw data package.
+
+    Args:
+        selected: some enabled pipeline works on it. unsorted: it belongs to units that nobody has given it to yet.
+        open_pairs: why each of its (step, unit) pairs that is neither covered nor waived is as it is.
+        waived: the package, or a pair of it that is not covered, is.
+    """
+    reasons = set(open_pairs)
+    if unsorted or reasons - NOT_ASKED_FOR:
+        return Standing.OPEN
+    if reasons or not selected:
+        return Standing.EXPLAINED
+    return Standing.WAIVED if waived else Standing.COVERED
 
 
 # --- admission ---

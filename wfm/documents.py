@@ -14,6 +14,7 @@ import re
 import zoneinfo
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from sqlalchemy import Column, ColumnElement, Connection, Table, func, or_, sele
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects.postgresql import insert
 
-from wfm import catalogue, grouping, schema, yamltext
+from wfm import catalogue, grouping, plan, schema, yamltext
 from wfm.catalogue import LABEL, LABEL_TEXT, PackageIn, emit, lock, target, upsert
 from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import PipelineChanged
@@ -78,11 +79,12 @@ class Instrument(Struct, frozen=True, kw_only=True):
 
 
 class Module(Struct, frozen=True, kw_only=True):
-    """A part of an instrument that takes data of its own."""
+    """A part of an instrument that takes data of its own; longer without new data than expected is an absence."""
 
     name: Label
     instrument: str
     description: str = ""
+    expect_every_hours: Annotated[float, Meta(gt=0, description="a number, more than 0")] | None = None
 
 
 class Source(Struct, frozen=True, kw_only=True):
@@ -108,6 +110,22 @@ class ObsUnit(Struct, frozen=True, kw_only=True):
     program: str | None = None
     line: str = ""
     metadata: dict[str, Any] = {}
+
+
+class ScheduledObservation(Struct, frozen=True, kw_only=True):
+    """What the observing plan says of one observation. `state` stays as it is where it is not given.
+
+    `modules` are those that are to take data; without them, any package will do. When it is not carried out so many
+    hours after its planned end, that is an absence.
+    """
+
+    name: Label
+    obs_unit: str
+    planned_start: datetime
+    planned_end: datetime
+    modules: tuple[str, ...] = ()
+    late_after_hours: NotNegative = 12.0
+    state: Literal["planned", "lost"] | None = None
 
 
 class SoftwareVersion(Struct, frozen=True, kw_only=True):
@@ -196,6 +214,7 @@ KINDS: dict[str, Kind] = {
     "source": Kind(Source, schema.source),
     "program": Kind(Program, schema.observing_program),
     "obs_unit": Kind(ObsUnit, schema.obs_unit),
+    "scheduled_observation": Kind(ScheduledObservation, schema.scheduled_observation),
     "software": Kind(Software, schema.software),
     "config": Kind(Config, schema.config),
     "grouping": Kind(Grouping, schema.data_grouping),
@@ -266,6 +285,8 @@ def _check(spec: Any, note: _NoteAt) -> None:
             note(("time_zone",), unknown("time zone", spec.time_zone, zones))
         case Software():
             _check_versions(spec, note)
+        case ScheduledObservation() if _moment(spec.planned_end) <= _moment(spec.planned_start):
+            note(("planned_end",), f"planned_end: {spec.planned_end} does not lie after planned_start")
         case Grouping():
             for n, rule in enumerate(spec.rules):
                 for at, fault in grouping.rule_faults(rule, (n,)):
@@ -275,6 +296,10 @@ def _check(spec: Any, note: _NoteAt) -> None:
         case PackageIn():
             for fault in catalogue.package_faults(spec):
                 note(tuple(fault.split(":")[0].split(".")), fault)
+
+
+def _moment(time: datetime) -> datetime:
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 def _check_versions(spec: Software, note: _NoteAt) -> None:
@@ -427,9 +452,19 @@ def _read(conn: Connection, kind: str, names: Sequence[str] | None) -> dict[str,
         case "grouping":
             for thing in things.values():
                 thing["rules"] = [grouping.in_order(rule) for rule in thing["rules"]]
+        case "scheduled_observation":
+            for thing in things.values():
+                _in_utc(thing)
         case "pipeline":
             _read_steps(conn, things)
     return {thing["name"]: thing for thing in things.values()}
+
+
+def _in_utc(plan: dict[str, Any]) -> None:
+    """Write the times of a scheduled observation in the one way in which they can be compared."""
+    for key in ("planned_start", "planned_end"):
+        time = plan[key] if isinstance(plan[key], datetime) else datetime.fromisoformat(plan[key])
+        plan[key] = msgspec.to_builtins(_moment(time))
 
 
 _Things = Mapping[int, dict[str, Any]]
@@ -579,6 +614,9 @@ def _completed(kind: str, new: dict[str, Any], old: Mapping[str, Any], own: str 
                 before = had.pop(version["version"], {})
                 version["state"] = version["state"] or before.get("state", "active")
             new["versions"] = [*had.values(), *new["versions"]]
+        case "scheduled_observation":
+            new["state"] = new["state"] or old.get("state", "planned")
+            _in_utc(new)
         case "pipeline":
             new["location"] = new["location"] or old.get("location", own)
             new["enabled"] = old.get("enabled", True) if new["enabled"] is None else new["enabled"]
@@ -601,6 +639,8 @@ def _references(spec: Struct, path: Path = ()) -> Iterator[tuple[Path, str, str]
             for n, item in enumerate(value):
                 if isinstance(item, Struct):
                     yield from _references(item, (*here, n))
+                elif (kind := f.name.removesuffix("s")) in KINDS:
+                    yield (*here, n), kind, item
 
 
 def _reference_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
@@ -734,6 +774,8 @@ def apply(conn: Connection, documents: Documents, *, location_id: int, actor: st
         todo = [c for c in compared if c.document.kind == kind and c.change.action != "unchanged"]
         if todo and kind != "raw_data_package":
             _write(conn, kind, todo)
+    if any(c.kind == "scheduled_observation" for c in changes):
+        plan.look_again(conn)
     affected = _affected(conn, changes)
     events = [(p.location_id, PipelineChanged(pipeline=p.name, pipeline_id=p.id)) for p in affected]
     event_ids = emit(conn, events, actor=actor, reason=reason)
@@ -754,6 +796,8 @@ def _write(conn: Connection, kind: str, todo: Sequence[_Compared]) -> None:
             row["id"] = row["id"] or (last := last + 1)
     if kind == "pipeline":
         rows = [{**row, "deleted_at": None} for row in rows]
+    if kind == "scheduled_observation":
+        rows = [{**row, "arrived_at": None} for row in rows]
     ids = upsert(conn, table, rows)
     match kind:
         case "software":

@@ -61,6 +61,59 @@ class PipelineChanged(Event, frozen=True, tag="pipeline.changed", kw_only=True):
     pipeline_id: Key
 
 
+class WaiverChanged(Event, frozen=True, tag="waiver.changed", kw_only=True):
+    """A package, or a unit of a step, need not be covered for a while; or it must be again, before that time.
+
+    Attributes:
+        package: its name; empty where it is about a unit.
+        pipeline: name. step: name. unit: key.
+        until: when it ends by itself, ISO 8601. ended: it was ended before.
+    """
+
+    package: str = ""
+    pipeline: str = ""
+    step: str = ""
+    unit: str = ""
+    until: str
+    ended: bool = False
+
+
+class DataAbsent(Event, frozen=True, tag="data.absent", kw_only=True):
+    """Nothing came where something was expected; once for each time.
+
+    Attributes:
+        module: name of the instrument module; empty where it is about an observation.
+        scheduled_observation: its name; empty where it is about a module.
+        since: time of the last package, or of the planned end, ISO 8601.
+    """
+
+    module: str = ""
+    scheduled_observation: str = ""
+    since: str
+
+
+class DataBack(Event, frozen=True, tag="data.back", kw_only=True):
+    """An absence is over: data came, or nothing is expected any more.
+
+    Attributes:
+        module: as in data.absent. scheduled_observation: as in data.absent. since: as in data.absent.
+    """
+
+    module: str = ""
+    scheduled_observation: str = ""
+    since: str
+
+
+class ObservationLost(Event, frozen=True, tag="observation.lost", kw_only=True):
+    """Somebody said that the data of a scheduled observation will not come.
+
+    Attributes:
+        scheduled_observation: its name.
+    """
+
+    scheduled_observation: str
+
+
 class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
     """Something that a PENDING run may have waited for is free."""
 
@@ -128,6 +181,10 @@ class RunCancelled(RunEvent, frozen=True, tag="run.cancelled", kw_only=True):
 AnyEvent = (
     DataArrived
     | PipelineChanged
+    | WaiverChanged
+    | DataAbsent
+    | DataBack
+    | ObservationLost
     | SlotFreed
     | GapDetected
     | JobBuilt

@@ -62,6 +62,7 @@ class Why(StrEnum):
     UPSTREAM = "waiting_for_upstream"
     UPSTREAM_FAILED = "upstream_failed"
     ARRIVALS = "arrivals_not_sorted_yet"
+    INCOMPLETE = "group_not_complete"
     COOLDOWN = "cooling_down"
     NO_COPY = "no_reachable_copy"
     NO_VERSION = "no_usable_software_version"
@@ -71,6 +72,19 @@ class Why(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     EMPTY = "empty"
+
+
+class Standing(StrEnum):
+    """What the certificate of a night says of a raw data package."""
+
+    COVERED = "covered"
+    """By every step of every enabled pipeline that selects it."""
+    WAIVED = "waived"
+    """What is not covered need not be, as somebody said, until a certain time."""
+    EXPLAINED = "explained"
+    """What is not covered is not asked for: by the definitions, nothing is to be done with it now."""
+    OPEN = "open"
+    """Something must still be done, or decided."""
 
 
 class TriggerType(StrEnum):

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Struct
 
-from wfm import gaps
+from wfm import gaps, plan
 from wfm.backends import Backend
 from wfm.charts import Chart
 from wfm.config import Settings
@@ -187,6 +187,7 @@ class TriggerManager(_Quiet):
         self.sweeps = [
             Sweep("due coverage", settings.sweep_seconds, self.evaluate_due),
             Sweep("reconcile", min(settings.reconcile_seconds, 5.0), self.reconcile_when_due),
+            Sweep("absence", 30.0, self.notice_absence),
         ]
         self._started = False
 
@@ -268,6 +269,11 @@ class TriggerManager(_Quiet):
         if mine:
             gaps.fold(tx, self.location, self._arrivals(tx, ()))
             gaps.evaluate(tx, every_pair(tx, self.location, None), self.actor)
+        return None
+
+    def notice_absence(self, tx: Tx) -> After:
+        """Tell what is expected and did not come."""
+        plan.notice(tx, self.location, self.actor)
         return None
 
 

@@ -129,6 +129,8 @@ instrument_module = Table(
     _ref("instrument_id", "instrument"),
     Column("name", Text, nullable=False, unique=True),
     _text("description"),
+    Column("expect_every_hours", Double),  # longer without a new package is an absence; None: nothing is expected
+    CheckConstraint("expect_every_hours > 0", name="expect_every_hours"),
 )
 
 source = Table(
@@ -159,16 +161,43 @@ obs_unit = Table(
     _json("metadata"),
 )
 
+# What the observing plan says; which observation carried it out is found by name or by time (`wfm.plan`).
+scheduled_observation = Table(
+    "scheduled_observation",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _ref("obs_unit_id", "obs_unit", index=True),
+    Column("planned_start", DateTime(timezone=True), nullable=False, index=True),
+    Column("planned_end", DateTime(timezone=True), nullable=False),
+    _json("modules", "[]"),  # names of those that are to take data; empty: any
+    Column("late_after_hours", Double, nullable=False, server_default=text("12")),
+    _text("state", "planned"),
+    _text("lost_by"),  # who declared it lost, and why
+    _text("lost_reason"),
+    _time("arrived_at"),  # when it was seen to have arrived; only so that the sweep looks at it no more
+    _one_of("state", ("planned", "lost")),
+    CheckConstraint("planned_end > planned_start AND late_after_hours >= 0", name="times"),
+    Index(
+        "ix_scheduled_observation_expected",
+        "planned_end",
+        postgresql_where=text("state = 'planned' AND arrived_at IS NULL"),
+    ),
+)
+
 executed_obs_unit = Table(
     "executed_obs_unit",
     metadata,
     _id(),
     Column("name", Text, nullable=False, unique=True),
     _ref("obs_unit_id", "obs_unit", index=True),
+    _text("scheduled"),  # name of the scheduled observation that it carries out; empty: found by time
     _time("started_at"),
     _time("ended_at"),
     _json("metadata"),
     CheckConstraint("ended_at >= started_at", name="order"),
+    Index("ix_executed_obs_unit_started_at", "started_at"),  # what was observed in a night
+    Index("ix_executed_obs_unit_scheduled", "scheduled", postgresql_where=text("scheduled <> ''")),
 )
 
 raw_data_package = Table(
@@ -185,6 +214,8 @@ raw_data_package = Table(
     _time("registered_at", now=True),
     _one_of("state", ("waiting", "transferring", "archived", "failed")),
     CheckConstraint("size >= 0", name="size"),
+    Index("ix_raw_data_package_registered_at", "registered_at"),
+    Index("ix_raw_data_package_newest", "instrument_module_id", "registered_at"),  # of a module
 )
 
 raw_data_file = Table(
@@ -447,6 +478,58 @@ coverage = Table(
     _one_of("state", CoverageState),
     CheckConstraint("state <> 'covered' OR (run_id IS NOT NULL AND result IS NOT NULL)", name="covered_by"),
     Index("ix_coverage_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+)
+
+# That nothing came where something was expected: from a module, or of a scheduled observation. One row, and one event,
+# for each time; it ends when data come (or the observation is lost, or nothing is expected any more).
+absence = Table(
+    "absence",
+    metadata,
+    _id(),
+    _ref("location_id", "data_location"),
+    _ref("instrument_module_id", "instrument_module", null=True),
+    _ref("scheduled_observation_id", "scheduled_observation", null=True),
+    Column("since", DateTime(timezone=True), nullable=False),  # the last package, or the planned end
+    _text("reason", None),
+    _time("noticed_at", now=True),
+    _time("ended_at"),
+    CheckConstraint("num_nonnulls(instrument_module_id, scheduled_observation_id) = 1", name="one_thing"),
+    Index(
+        "uq_absence_module",
+        "instrument_module_id",
+        "location_id",
+        unique=True,
+        postgresql_where=text("ended_at IS NULL"),
+    ),
+    Index(
+        "uq_absence_observation",
+        "scheduled_observation_id",
+        "location_id",
+        unique=True,
+        postgresql_where=text("ended_at IS NULL"),
+    ),
+)
+
+# That something of a night need not be covered, for its certificate alone: a package, or a unit of a step.
+waiver = Table(
+    "waiver",
+    metadata,
+    _id(),
+    _ref("package_id", "raw_data_package", null=True),
+    _ref("step_id", "reduction_step", null=True),
+    _ref("unit_id", "unit", null=True),
+    Column("until", DateTime(timezone=True), nullable=False),
+    _text("actor", None),
+    _text("reason", None),
+    _time("created_at", now=True),
+    _time("ended_at"),  # before its time, or because another one took its place
+    _text("ended_by"),
+    _text("ended_reason"),
+    CheckConstraint(
+        "(package_id IS NULL) = (step_id IS NOT NULL) AND (step_id IS NULL) = (unit_id IS NULL)", name="one_thing"
+    ),
+    Index("uq_waiver_package", "package_id", unique=True, postgresql_where=text("ended_at IS NULL")),
+    Index("uq_waiver_unit", "step_id", "unit_id", unique=True, postgresql_where=text("ended_at IS NULL")),
 )
 
 # --- runs ---

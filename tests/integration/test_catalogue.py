@@ -778,6 +778,13 @@ metadata: {{a: [1, 2.5, null, {{b: NO}}]}}
 kind: obs_unit
 name: o2
 ---
+kind: scheduled_observation
+name: tonight
+obs_unit: o1
+planned_start: 2026-03-01T22:00:00
+planned_end: 2026-03-02T00:30:00+01:00
+modules: [LFA]
+---
 kind: software
 name: sw
 description: two versions

@@ -27,6 +27,7 @@ from wfm.model import (
     JobStatus,
     Report,
     RunState,
+    Standing,
     TriggerType,
     VersionPolicy,
     Why,
@@ -181,6 +182,25 @@ def test_only_a_run_that_has_not_started_is_withdrawn_for_newer_input():
 def test_a_cooldown_says_when_to_look_again():
     d = decide.gap(GapFacts(members=1, wanted="w", cooldown_seconds=60, seconds_since_last_run=20.0))
     assert d.due_in == 40.0
+
+
+# --- the certificate of a night ---
+
+
+@pytest.mark.parametrize(
+    ("selected", "unsorted", "open_pairs", "waived", "expected"),
+    [
+        (True, False, [], False, Standing.COVERED),
+        (True, False, [], True, Standing.WAIVED),
+        (True, False, [Why.MANUAL], True, Standing.EXPLAINED),
+        (False, False, [], False, Standing.EXPLAINED),
+        (True, False, [Why.MANUAL, Why.FAILED], True, Standing.OPEN),
+        (True, True, [], True, Standing.OPEN),
+        (True, False, [Why.PAUSED], False, Standing.OPEN),
+    ],
+)
+def test_where_a_package_of_a_night_stands(selected, unsorted, open_pairs, waived, expected):
+    assert decide.standing(selected, unsorted, open_pairs, waived) is expected
 
 
 # --- admission ---

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from wfm import __version__
-from wfm.cli import context, data, definitions, events, plan, runs, system, trial, upkeep
+from wfm.cli import context, data, definitions, events, nights, plan, runs, system, trial, upkeep
 
 __all__ = ["main", "wfm"]
 
@@ -30,6 +30,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         plan.plan,
         trial.try_,
     ),
+    "Nights": (nights.coverage, nights.waive),
     "Runs and results": (runs.runs, runs.lineage, events.events),
     "Upkeep": (upkeep.doctor, system.health, upkeep.db, upkeep.charts, upkeep.completion),
 }

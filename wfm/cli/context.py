@@ -70,6 +70,21 @@ class Time(click.ParamType[Any]):
             self.fail(f"{value!r} is neither {known}", param, ctx)
 
 
+class Ahead(Time):
+    """A time to come, or so long from now, such as ``3d``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        from datetime import UTC, datetime
+
+        time: datetime = super().convert(value, param, ctx)
+        now = datetime.now(UTC)
+        if isinstance(value, str) and _AGO.fullmatch(value):
+            time = now + (now - time)
+        if time <= now:
+            self.fail(f"{value!r} is over already", param, ctx)
+        return time
+
+
 class There(click.Path):
     """A path of something that exists."""
 

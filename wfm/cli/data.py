@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from wfm.catalogue import PackageIn, Registered
+    from wfm.views import PlanLine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +55,7 @@ _ABOUT = (
     click.option("--line", help="Spectral line, such as CO(4-3)."),
     click.option("--started-at", type=context.Time(), help="Start of the observation, ISO 8601, UTC."),
     click.option("--ended-at", type=context.Time(), help="Its end."),
+    click.option("--scheduled", metavar="O", help="The scheduled observation it carries out; else found by time."),
     click.option("--metadata", type=Metadata(), multiple=True, help="About the package; may be repeated."),
     click.option("--location", metavar="L", help="Where the files lie; by default the disk location that holds them."),
 )
@@ -225,7 +227,7 @@ def _package(
         name=found.name,
         executed_obs_unit=ExecutedObsUnitIn(
             name=about["executed_obs_unit"] or found.name,
-            **{k: about[k] for k in ("obs_unit", "source", "program", "line", "started_at", "ended_at")},
+            **{k: about[k] for k in ("obs_unit", "source", "program", "line", "started_at", "ended_at", "scheduled")},
         ),
         module=about["module"],
         instrument=about["instrument"],
@@ -267,6 +269,65 @@ def _tell(new: int, changed: int, unchanged: int, as_json: bool) -> None:
         output.document(counts)
     else:
         click.echo("packages: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+
+
+@data.command()
+@click.option("--since", type=context.Time(), help="Planned to begin from then on; ISO 8601, or how long ago.")
+@click.option("--until", type=context.Time(), help="Before then.")
+@click.option("--limit", type=click.IntRange(1), default=1000, help="How many at most.")
+@output.as_json
+def plan(since: Any, until: Any, limit: int, as_json: bool) -> None:
+    """List the scheduled observations: expected, late, executed or lost.
+
+    \b
+    Example:  wfm data plan --since 2d
+    """
+    from wfm import views
+
+    with context.deployment() as d, d.read() as tx:
+        found = views.planned(tx.conn, start=since, end=until, limit=limit)
+    if as_json:
+        output.document(found)
+    else:
+        show_plan(found)
+
+
+def show_plan(lines: Sequence[PlanLine]) -> None:
+    """Print scheduled observations, and what became of them."""
+    rows = [
+        (
+            o.name,
+            o.obs_unit,
+            output.when(o.planned_start),
+            output.when(o.planned_end),
+            o.state,
+            ", ".join(o.executed_by),
+            ", ".join(o.missing),
+            f"{o.lost_by}: {o.lost_reason}" if o.state == "lost" else "",
+        )
+        for o in lines
+    ]
+    columns = ("OBSERVATION", "OBS UNIT", "FROM", "TO", "STATE", "EXECUTED BY", "MISSING", "LOST")
+    output.table(columns, rows, empty="nothing is planned: `wfm apply` documents of kind scheduled_observation")
+
+
+@data.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@context.required_reason
+@output.as_json
+def lost(names: tuple[str, ...], reason: str, as_json: bool) -> None:
+    """Declare scheduled observations lost: nothing waits for them any more.
+
+    Applying one with `state: planned` takes it back. Should its data come after all, they are processed.
+
+    \b
+    Example:  wfm data lost ngc253-2026-03-01 --reason "dome was closed"
+    """
+    from wfm import acts
+
+    with context.deployment() as d:
+        d.write(lambda tx: acts.lose(tx, d.location, names, context.actor(reason)))
+    output.done(as_json, {"lost": names}, f"lost: {', '.join(names)}")
 
 
 @data.command("list")

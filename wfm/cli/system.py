@@ -22,7 +22,7 @@ from wfm.model import Role
 if TYPE_CHECKING:
     from wfm.config import Settings
     from wfm.embedded import Daemon
-    from wfm.views import Counts, CoverageLine
+    from wfm.views import AbsenceLine, Counts, CoverageLine
 
 GRACE_SECONDS = 12.0
 """A role needs up to 8 s to finish what it has in hand, or to hand it back."""
@@ -320,6 +320,7 @@ class Status(Struct, frozen=True, kw_only=True):
     roles: list[RoleLine]
     counts: Counts | None
     coverage: list[CoverageLine] | None
+    absent: list[AbsenceLine]
     faults: list[str]
 
 
@@ -348,9 +349,10 @@ def _status(settings: Settings) -> Status:
     answers = [s.state == "ok" for s in servers]
     faults: list[str] = []
     counts, coverage, seen = None, None, []
+    absent: list[AbsenceLine] = []
     try:
         if answers[0]:
-            counts, coverage = _counted(settings)
+            counts, coverage, absent = _counted(settings)
         if answers[1]:
             with watching(settings) as copies:
                 seen = copies()
@@ -365,6 +367,7 @@ def _status(settings: Settings) -> Status:
         roles=roles,
         counts=counts,
         coverage=coverage,
+        absent=absent,
         faults=faults,
     )
 
@@ -392,13 +395,14 @@ def _servers(settings: Settings) -> tuple[list[ServerLine], Settings]:
     return lines, settings
 
 
-def _counted(settings: Settings) -> tuple[Counts, list[CoverageLine]]:
+def _counted(settings: Settings) -> tuple[Counts, list[CoverageLine], list[AbsenceLine]]:
     from wfm import views
 
     with context.deployment(settings) as d, d.read() as tx:
         context.check_schema(d.store.engine, settings.database_schema)
         context.check_location(tx.conn, d.location)
-        return views.counts(tx.conn, d.location), views.coverage_summary(tx.conn, d.location)
+        counted = views.counts(tx.conn, d.location), views.coverage_summary(tx.conn, d.location)
+        return *counted, views.absences(tx.conn, d.location)
 
 
 def _roles(home: Path, seen: Sequence[Copy]) -> list[RoleLine]:
@@ -441,6 +445,9 @@ def _show(s: Status) -> None:
     if s.coverage is not None:
         click.echo()
         show_coverage(s.coverage)
+    if s.absent:
+        click.echo()
+        output.table(("ABSENT", "SINCE"), [(a.reason, output.when(a.since)) for a in s.absent], empty="")
     for fault in s.faults:
         click.echo(f"\n{fault}")
 

@@ -5,6 +5,16 @@ A question costs a fixed number of statements, however many rows it touches. Ans
 search path decides. A name that does not exist is a `NotFoundError` that gives the nearest one.
 """
 
+from wfm.views.certificate import (
+    Certificate,
+    CertifiedPackage,
+    OpenUnit,
+    WaiverLine,
+    certificate,
+    last_night,
+    night_bounds,
+    waivers,
+)
 from wfm.views.cost import Estimate, StepCost, estimate, step_costs
 from wfm.views.coverage import (
     CHANGE,
@@ -34,6 +44,7 @@ from wfm.views.ledger import (
     log_end,
 )
 from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
+from wfm.views.planned import AbsenceLine, PlanLine, absences, planned
 from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
 from wfm.views.run_lines import (
     SHOWN,
@@ -54,6 +65,9 @@ __all__ = [
     "MOST_FAULTS",
     "SHOWN",
     "START",
+    "AbsenceLine",
+    "Certificate",
+    "CertifiedPackage",
     "Counts",
     "CoverageLine",
     "DeadLetter",
@@ -66,9 +80,11 @@ __all__ = [
     "LineageKind",
     "LineageNode",
     "NotSelected",
+    "OpenUnit",
     "PackageLine",
     "PackageWhy",
     "PendingLine",
+    "PlanLine",
     "ProductLine",
     "RuleCount",
     "RunBrief",
@@ -81,7 +97,10 @@ __all__ = [
     "TransitionLine",
     "UpstreamUnit",
     "VerifyReport",
+    "WaiverLine",
     "WhyLine",
+    "absences",
+    "certificate",
     "counts",
     "coverage_summary",
     "dead_letter",
@@ -92,15 +111,19 @@ __all__ = [
     "explain",
     "explain_pipeline",
     "is_before",
+    "last_night",
     "lineage",
     "log_end",
     "mermaid",
+    "night_bounds",
     "packages",
+    "planned",
     "run_detail",
     "runs",
     "step_costs",
     "tree",
     "verify",
+    "waivers",
     "why",
     "why_package",
 ]

@@ -88,6 +88,8 @@ CHANGE: dict[Why, str] = {
     Why.UPSTREAM: "all upstream units must be covered, {open} of {total} are not: {upstream}",
     Why.UPSTREAM_FAILED: "mend what stopped upstream: {upstream}",
     Why.ARRIVALS: "the trigger-manager looks at it next; if it stays so, see `wfm health trigger-manager`",
+    Why.INCOMPLETE: "the named observations arrive, or `wfm data lost NAME` says that they never will; "
+    "`wfm data plan` lists what is expected",
     Why.COOLDOWN: "a new run may start {due}",
     Why.NO_COPY: "bring the named packages to a location with disk storage",
     Why.NO_VERSION: "apply an active version that fits, or change the step's version policy",
