@@ -61,6 +61,23 @@ class PipelineChanged(Event, frozen=True, tag="pipeline.changed", kw_only=True):
     pipeline_id: Key
 
 
+class PipelineFired(Event, frozen=True, tag="pipeline.fired", kw_only=True):
+    """The time of a pipeline with trigger CRON came, and its gaps were asked for.
+
+    Attributes:
+        pipeline: name. pipeline_id: key.
+        window: the time that had come. Where it is long past, this firing also stands for all later ones until `next`.
+        next: the next time. Both ISO 8601 in UTC.
+        units: how many (step, unit) pairs were asked for.
+    """
+
+    pipeline: str = ""
+    pipeline_id: Key
+    window: str = ""
+    next: str = ""
+    units: int = 0
+
+
 class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
     """Something that a PENDING run may have waited for is free."""
 
@@ -128,6 +145,7 @@ class RunCancelled(RunEvent, frozen=True, tag="run.cancelled", kw_only=True):
 AnyEvent = (
     DataArrived
     | PipelineChanged
+    | PipelineFired
     | SlotFreed
     | GapDetected
     | JobBuilt

@@ -33,7 +33,7 @@ from wfm.views.ledger import (
     is_before,
     log_end,
 )
-from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
+from wfm.views.lists import Counts, DueTime, PackageLine, PendingLine, PipelineLine, counts, packages, pipelines
 from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
 from wfm.views.run_lines import (
     SHOWN,
@@ -58,6 +58,7 @@ __all__ = [
     "DeadLetter",
     "DeadLetterLine",
     "DeadLetterState",
+    "DueTime",
     "Estimate",
     "EventDetail",
     "EventLine",
@@ -68,6 +69,7 @@ __all__ = [
     "PackageLine",
     "PackageWhy",
     "PendingLine",
+    "PipelineLine",
     "ProductLine",
     "RunBrief",
     "RunDetail",
@@ -91,6 +93,7 @@ __all__ = [
     "log_end",
     "mermaid",
     "packages",
+    "pipelines",
     "run_detail",
     "runs",
     "step_costs",
