@@ -146,17 +146,19 @@ def set_enabled(tx: Tx, pipeline: str, enabled: bool, actor: Actor) -> None:
 def trigger(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Actor) -> int:
     """Ask for the gaps of a pipeline (of a step, of a unit) to run now; returns how many (step, unit) were asked for.
 
-    A pipeline with trigger MANUAL runs only so. What is covered stays covered.
+    A pipeline with trigger MANUAL runs only so, one with CRON also so. What is covered stays covered.
     """
     row = _pipeline(tx, pipeline, step)
     asked = tx.run(
         """
-        INSERT INTO coverage (step_id, unit_id, state, why, requested)
-        SELECT s.id, u.id, 'waiting', 'arrivals_not_sorted_yet', true
+        INSERT INTO coverage (step_id, unit_id, state, why, requested, requested_for)
+        SELECT s.id, u.id, 'waiting', 'arrivals_not_sorted_yet', true, :by
         FROM reduction_step s JOIN unit u ON u.pipeline_id = s.pipeline_id AND u.dims = s.dims
         WHERE s.pipeline_id = :pipeline AND s.active AND (:step = 0 OR s.id = :step) AND (:unit = '' OR u.key = :unit)
-        ORDER BY s.id, u.id ON CONFLICT (step_id, unit_id) DO UPDATE SET requested = true
+        ORDER BY s.id, u.id ON CONFLICT (step_id, unit_id) DO UPDATE
+            SET requested = true, requested_for = excluded.requested_for
         """,
+        by=f"asked for by {actor.name}" + (f": {actor.reason}" if actor.reason else ""),
         pipeline=row.id,
         step=row.step_id or 0,
         unit=unit or "",

@@ -9,19 +9,25 @@ import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from msgspec import Struct
+from cronsim import CronSim, CronSimError
+from msgspec import Struct, structs
 from packaging.version import InvalidVersion, Version
 
+from wfm.errors import nearest
 from wfm.model import (
     REPEATABLE,
     CoverageState,
     FailureClass,
+    FanIn,
     JobStatus,
     Report,
     RunState,
+    Schedule,
     Standing,
     TriggerType,
     VersionPolicy,
@@ -66,6 +72,14 @@ def wanted_digest(
     return f"{item_hash('wanted', members, count, *steps, software, version, config):032x}"
 
 
+def own_members(fan_in: FanIn, members: int, count: int) -> tuple[int, int]:
+    """What of a unit's raw data packages counts for its digest; arguments as of `wanted_digest`.
+
+    Where a step takes the upstream results that are there, only those do: it does not read data that none covers yet.
+    """
+    return (members, count) if fan_in is FanIn.ALL else (0, 0)
+
+
 # --- versions ---
 
 
@@ -101,6 +115,48 @@ def choose_version(
         have = ", ".join(f"{v.version} ({v.state})" for v in versions) or "none"
         return None, f"no {wish}; known: {have}"
     return max(usable, key=lambda nv: nv[0])[1], ""
+
+
+# --- schedules ---
+
+
+def schedule_faults(schedule: Schedule) -> Iterator[tuple[str, str]]:
+    """What is wrong with a schedule: the key, and the text without its value."""
+    fields = len(schedule.cron.split())
+    if fields != 5:
+        yield "cron", f"has {fields} fields; allowed are five: minute, hour, day of month, month, day of week"
+    else:
+        try:
+            if next(iter(CronSim(schedule.cron, datetime(2000, 1, 1, tzinfo=UTC))), None) is None:
+                yield "cron", "never comes"
+        except CronSimError as e:
+            yield "cron", f"is not a cron expression: {str(e)[:1].lower()}{str(e)[1:]}"
+    try:
+        ZoneInfo(schedule.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        near = nearest(schedule.timezone, available_timezones())
+        yield "timezone", "is not a time zone" + (f", did you mean {near!r}?" if near else " such as America/Santiago")
+
+
+def due_times(schedule: Schedule, after: datetime) -> Iterator[datetime]:
+    """The times of a schedule after this one, in UTC.
+
+    Where clocks are set forward, a time that does not exist comes at the first moment after the gap; where they are
+    set back, one that exists twice comes the first time. Expressions that begin with ``*`` in minute or hour follow
+    the hours as they pass.
+    """
+    for time in CronSim(schedule.cron, after.astimezone(ZoneInfo(schedule.timezone))):
+        # In UTC: times of one zone compare as the clock shows them, and it shows some twice.
+        if (time := time.astimezone(UTC)) > after:
+            yield time
+
+
+def due_text(schedule: Schedule, due: datetime) -> str:
+    """A time as people read it: in its zone and in UTC."""
+    utc = f"{due.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    if schedule.timezone == "UTC":
+        return utc
+    return f"{due.astimezone(ZoneInfo(schedule.timezone)):%Y-%m-%d %H:%M} {schedule.timezone} ({utc})"
 
 
 # --- gaps ---
@@ -167,22 +223,71 @@ def without(missing: Sequence[str]) -> str:
     return f", without {named(missing)}" if missing else ""
 
 
+class AcceptedRun(Struct, frozen=True):
+    """The run that coverage rests on: its digest, software with version, and hash of its config."""
+
+    wanted: str
+    software: str
+    version: str
+    config: str
+
+
+def cause(
+    accepted: AcceptedRun | None,
+    members: int,
+    count: int,
+    upstream: Mapping[str, int],
+    software: str,
+    version: str,
+    config: str,
+) -> str:
+    """Why a unit is a gap: everything that is not as it was for the run it rests on. Arguments as of `wanted_digest`.
+
+    Whatever came first, and however many runs were withdrawn since, nothing is left out.
+    """
+    if accepted is None:
+        return "no result covers this unit yet"
+    causes = []
+    same_otherwise = wanted_digest(members, count, upstream, accepted.software, accepted.version, accepted.config)
+    if same_otherwise != accepted.wanted:
+        causes.append("newer input")
+    if (software, version) != (accepted.software, accepted.version):
+        causes.append(f"{software} {version} is wanted now")
+    if config != accepted.config:
+        causes.append("the config has a newer revision")
+    return "stale: " + ("; ".join(causes) or "its result is gone")
+
+
 class GapFacts(Struct, frozen=True):
-    """All that decides whether one (step, unit) is a gap, and whether the gap becomes a run now."""
+    """All that decides whether one (step, unit) is a gap, and whether the gap becomes a run now.
+
+    Attributes:
+        not_due: with trigger CRON, the next time and its expression. requested: somebody, or that time, asked for it.
+        accepted_results: number of upstream results that the accepted run read; counted for fan-in other than all.
+        quiet_seconds: since what is wanted last changed.
+        settling_seconds: since nothing but settling keeps it from running.
+    """
 
     members: int
     wanted: str
     version_fault: str = ""
     upstream: tuple[Upstream, ...] = ()
+    fan_in: FanIn = FanIn.ALL
+    accepted_results: int = 0
     active: ActiveRun | None = None
     ended: EndedRun | None = None
     step_active: bool = True
     enabled: bool = True
     paused: str = ""
     trigger: TriggerType = TriggerType.CONTINUOUS
+    not_due: str = ""
     requested: bool = False
     cooldown_seconds: float = 0.0
     seconds_since_last_run: float | None = None
+    settle_seconds: float = 0.0
+    settle_at_most_seconds: float = 0.0
+    quiet_seconds: float = 0.0
+    settling_seconds: float = 0.0
     missing_copies: tuple[str, ...] = ()
     plan: Plan | None = None
 
@@ -212,11 +317,55 @@ def upstream_complete(upstream: Sequence[Upstream]) -> bool:
     return all(u.total > 0 and u.covered == u.total for u in upstream)
 
 
+def _upstream_gap(f: GapFacts) -> GapDecision | None:
+    """What the steps that it depends on keep a unit from; None if nothing."""
+    if f.fan_in is FanIn.ALL:
+        return _not_all(f.upstream)
+    for u in f.upstream:
+        if u.total and u.blocked == u.total:
+            text = f"all {u.total} units of {u.step} are blocked"
+            return GapDecision(CoverageState.BLOCKED, Why.UPSTREAM_FAILED, text)
+        if not u.covered:
+            text = f"none of {u.total} units of {u.step} is covered"
+            return GapDecision(CoverageState.WAITING, Why.UPSTREAM, text)
+    covered = sum(u.covered for u in f.upstream)
+    possible = sum(u.total - u.blocked for u in f.upstream)
+    if covered < min(f.accepted_results, possible):
+        # They are being made again. Meanwhile a result of many is not replaced by one of a few.
+        text = f"its result is made of {f.accepted_results} upstream results, of which {covered} are up to date"
+        return GapDecision(CoverageState.WAITING, Why.UPSTREAM, text)
+    return None
+
+
+def _not_all(upstream: Sequence[Upstream]) -> GapDecision | None:
+    blocked = [u for u in upstream if u.blocked]
+    if blocked:
+        u = blocked[0]
+        return GapDecision(
+            CoverageState.BLOCKED,
+            Why.UPSTREAM_FAILED,
+            f"{u.blocked} of {u.total} units of {u.step} are blocked",
+        )
+    if not upstream_complete(upstream):
+        u = next(u for u in upstream if u.covered < max(u.total, 1))
+        text = f"{u.covered} of {u.total} units of {u.step} are covered"
+        return GapDecision(CoverageState.WAITING, Why.UPSTREAM, text)
+    return None
+
+
+def _partial(f: GapFacts) -> str:
+    """Which upstream results are missing in what is covered."""
+    missing = [f"{u.total - u.covered} of {u.total} units of {u.step}" for u in f.upstream if u.covered < u.total]
+    return f" without {' and '.join(missing)}" if missing else ""
+
+
 def gap(f: GapFacts) -> GapDecision:
     """Whether a unit is covered, and if not, why nothing runs or that a run starts now."""
     withdraw = f.active.id if f.active and f.active.state in _NOT_STARTED and f.active.wanted != f.wanted else None
-    decision = _gap(f, withdraw)
-    return decision if withdraw is None else _with(decision, withdraw)
+    if withdraw is None:
+        return _gap(f, None)
+    # Who asked for the run that is withdrawn asked for the one that takes its place.
+    return _with(_gap(structs.replace(f, requested=True), withdraw), withdraw)
 
 
 def _with(d: GapDecision, withdraw: int) -> GapDecision:
@@ -237,22 +386,16 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return say(CoverageState.EMPTY, Why.EMPTY, "no raw data package belongs to this unit any more")
     if not f.step_active:
         return say(CoverageState.HELD, Why.DISABLED, "the step is no longer part of its pipeline")
-    blocked = [u for u in f.upstream if u.blocked]
-    if blocked:
-        u = blocked[0]
-        return say(
-            CoverageState.BLOCKED,
-            Why.UPSTREAM_FAILED,
-            f"{u.blocked} of {u.total} units of {u.step} are blocked",
-        )
-    if not upstream_complete(f.upstream):
-        u = next(u for u in f.upstream if u.covered < max(u.total, 1))
-        return say(CoverageState.WAITING, Why.UPSTREAM, f"{u.covered} of {u.total} units of {u.step} are covered")
+    if waits := _upstream_gap(f):
+        return waits
     if f.version_fault:
         return say(CoverageState.BLOCKED, Why.NO_VERSION, f.version_fault)
     if f.ended and f.ended.state is RunState.COMPLETED:
         return say(
-            CoverageState.COVERED, Why.COVERED, f"run {f.ended.id}{without(f.ended.missing)}", covered_by=f.ended.id
+            CoverageState.COVERED,
+            Why.COVERED,
+            f"run {f.ended.id}{_partial(f)}{without(f.ended.missing)}",
+            covered_by=f.ended.id,
         )
     if f.ended and f.ended.state is RunState.FAILED:
         return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}")
@@ -262,6 +405,8 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return say(CoverageState.HELD, Why.DISABLED, "the pipeline is disabled")
     if f.paused:
         return say(CoverageState.HELD, Why.PAUSED, f.paused)
+    if f.trigger is TriggerType.CRON and not f.requested:
+        return say(CoverageState.HELD, Why.NOT_DUE, f"not due before {f.not_due}")
     if f.trigger is not TriggerType.CONTINUOUS and not f.requested:
         return say(CoverageState.HELD, Why.MANUAL, "the pipeline runs on request only")
     if f.plan and f.plan.missing and f.plan.seconds_left > 0:
@@ -282,6 +427,13 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
             Why.COOLDOWN,
             f"not more often than every {f.cooldown_seconds:g} s",
             due_in=left,
+        )
+    if f.quiet_seconds < f.settle_seconds and f.settling_seconds < f.settle_at_most_seconds:
+        return say(
+            CoverageState.WAITING,
+            Why.SETTLING,
+            f"until its input is quiet for {f.settle_seconds:g} s, {f.settle_at_most_seconds:g} s at most",
+            due_in=min(f.settle_seconds - f.quiet_seconds, f.settle_at_most_seconds - f.settling_seconds),
         )
     return say(CoverageState.ACTIVE, Why.RUN, without(f.plan.missing) if f.plan else "", run=True)
 

@@ -27,10 +27,11 @@ from sqlalchemy.dialects.postgresql import insert
 
 from wfm import catalogue, grouping, plan, schema, yamltext
 from wfm.catalogue import LABEL, LABEL_TEXT, PackageIn, emit, lock, target, upsert
+from wfm.decide import schedule_faults
 from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import PipelineChanged
 from wfm.grouping import unknown
-from wfm.model import ACTIVE_STATES, Resources, TriggerType, VersionPolicy
+from wfm.model import ACTIVE_STATES, FanIn, Resources, Schedule, TriggerType, VersionPolicy
 from wfm.yamltext import Document, Fault, Path, refuse
 
 Label = Annotated[str, Meta(pattern=LABEL, description=LABEL_TEXT)]
@@ -163,7 +164,15 @@ class Grouping(Struct, frozen=True, kw_only=True):
 
 
 class Step(Struct, frozen=True, kw_only=True):
-    """A reduction step. `retention_days` None keeps results for ever."""
+    """A reduction step.
+
+    Attributes:
+        fan_in: which units of the steps it depends on must be covered.
+        cooldown_seconds: a unit runs no more often than that.
+        settle_seconds: a unit runs when what it reads has not changed for so long; at most `settle_at_most_seconds`
+            after it could have run (None: ten times as long).
+        retention_days: None keeps results for ever.
+    """
 
     name: DirectoryName
     description: str = ""
@@ -173,10 +182,13 @@ class Step(Struct, frozen=True, kw_only=True):
     config: str | None = None
     group_by: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()
+    fan_in: FanIn = FanIn.ALL
     resources: Resources = Resources()
     environment: dict[str, str] = {}
     max_retries: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 3
     cooldown_seconds: NotNegative = 0.0
+    settle_seconds: NotNegative = 0.0
+    settle_at_most_seconds: NotNegative | None = None
     retention_days: NotNegative | None = None
     max_in_flight: Runs | None = None
 
@@ -192,6 +204,7 @@ class Pipeline(Struct, frozen=True, kw_only=True):
     grouping: str
     location: str | None = None
     trigger_type: TriggerType = field(default=TriggerType.CONTINUOUS, name="trigger")
+    trigger_config: Schedule = Schedule()
     enabled: bool | None = None
     priority: Small = 0
     weight: Weight = 1.0
@@ -330,8 +343,7 @@ _RESOURCE_LIMITS = {
 
 
 def _check_pipeline(spec: Pipeline, note: _NoteAt) -> None:
-    if spec.trigger_type is TriggerType.CRON:
-        note(("trigger",), "trigger: CRON is not in this version yet; allowed: CONTINUOUS, MANUAL")
+    _check_trigger(spec, note)
     steps: dict[str, Step] = {}
     for n, step in enumerate(spec.steps):
         if step.name and steps.setdefault(step.name, step) is not step:
@@ -345,6 +357,20 @@ def _check_pipeline(spec: Pipeline, note: _NoteAt) -> None:
         cycle = e.args[1][::-1]
         first = next(n for n, step in enumerate(spec.steps) if step.name == cycle[0])
         note(("steps", first, "depends_on"), f"steps depend on each other in a circle: {' → '.join(cycle)}")
+
+
+def _check_trigger(spec: Pipeline, note: _NoteAt) -> None:
+    schedule = spec.trigger_config
+    if spec.trigger_type is not TriggerType.CRON:
+        for key in msgspec.to_builtins(schedule):
+            message = f"trigger_config: {key} belongs to trigger: CRON, and this one is {spec.trigger_type}"
+            note(("trigger_config", key), message)
+    elif not schedule.cron:
+        example = '{cron: "0 6 * * *", timezone: America/Santiago}'
+        note(("trigger",), f"trigger: CRON needs a cron expression: trigger_config: {example}")
+    else:
+        for key, fault in schedule_faults(schedule):
+            note(("trigger_config", key), f"trigger_config: {key} {getattr(schedule, key)!r} {fault}")
 
 
 def _check_step(step: Step, steps: Mapping[str, Step], note: _NoteAt) -> None:
@@ -364,6 +390,12 @@ def _check_step(step: Step, steps: Mapping[str, Step], note: _NoteAt) -> None:
             for dimension in grouping.determines(steps[name].group_by, step.group_by):
                 text = f"is grouped by {dimension}, which the units of {name!r} (grouped by {finer}) do not determine"
                 note(("depends_on", n), f"step {step.name!r} {text}: a step must be as coarse as what it depends on")
+    if step.fan_in is not FanIn.ALL and not step.depends_on:
+        note(("fan_in",), f"fan_in: {step.fan_in}, but step {step.name!r} depends on no other step")
+    at_most = step.settle_at_most_seconds
+    if at_most is not None and at_most < step.settle_seconds:
+        text = f"settle_at_most_seconds {at_most:g} is less than settle_seconds {step.settle_seconds:g}"
+        note(("settle_at_most_seconds",), text)
     for resource, (low, high, unit) in _RESOURCE_LIMITS.items():
         value = getattr(step.resources, resource)
         if value is not None and not low < value <= high:

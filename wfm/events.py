@@ -114,6 +114,23 @@ class ObservationLost(Event, frozen=True, tag="observation.lost", kw_only=True):
     scheduled_observation: str
 
 
+class PipelineFired(Event, frozen=True, tag="pipeline.fired", kw_only=True):
+    """The time of a pipeline with trigger CRON came, and its gaps were asked for.
+
+    Attributes:
+        pipeline: name. pipeline_id: key.
+        window: the time that had come. Where it is long past, this firing also stands for all later ones until `next`.
+        next: the next time. Both ISO 8601 in UTC.
+        units: how many (step, unit) pairs were asked for.
+    """
+
+    pipeline: str = ""
+    pipeline_id: Key
+    window: str = ""
+    next: str = ""
+    units: int = 0
+
+
 class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
     """Something that a PENDING run may have waited for is free."""
 
@@ -185,6 +202,7 @@ AnyEvent = (
     | DataAbsent
     | DataBack
     | ObservationLost
+    | PipelineFired
     | SlotFreed
     | GapDetected
     | JobBuilt

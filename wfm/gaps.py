@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -20,18 +21,34 @@ from msgspec import Struct
 from wfm import grouping
 from wfm.decide import (
     DIGEST_MODULUS,
+    AcceptedRun,
     ActiveRun,
     EndedRun,
     GapDecision,
     GapFacts,
     SoftwareVersion,
     Upstream,
+    cause,
     choose_version,
+    due_text,
+    due_times,
     gap,
+    own_members,
     set_digest,
     wanted_digest,
 )
-from wfm.model import FINAL_STATES, Actor, CoverageState, Resources, RunState, TriggerType, VersionPolicy
+from wfm.model import (
+    FINAL_STATES,
+    Actor,
+    CoverageState,
+    FanIn,
+    Resources,
+    RunState,
+    Schedule,
+    TriggerType,
+    VersionPolicy,
+    Why,
+)
 from wfm.schema import UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN, Move, Tx, encode, result_hash
 
@@ -290,6 +307,36 @@ def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor) -> Evaluated:
     return done
 
 
+_NOTHING_TO_ASK = (Why.RUN, Why.FAILED, Why.CANCELLED, Why.NO_VERSION)
+"""Gaps that a firing does not ask for: when new input or a new version lets them run, that waits for the next one."""
+
+
+def request(tx: Tx, pipeline_id: int, why: str) -> set[Pair]:
+    """Have the gaps of a pipeline run that only wait to be asked for, or for what is asked for with them.
+
+    Args:
+        why: goes into the reason of the runs.
+
+    Returns:
+        the pairs, to be evaluated.
+    """
+    rows = tx.all(
+        """
+        WITH gap AS MATERIALIZED (
+            SELECT c.step_id, c.unit_id FROM coverage c JOIN reduction_step s ON s.id = c.step_id
+            WHERE s.pipeline_id = :pipeline AND s.active AND c.state NOT IN ('covered', 'empty')
+                AND c.why <> ALL(:nothing)
+            ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c)
+        UPDATE coverage c SET requested = true, requested_for = :why FROM gap g
+        WHERE (c.step_id, c.unit_id) = (g.step_id, g.unit_id) RETURNING c.step_id, c.unit_id
+        """,
+        pipeline=pipeline_id,
+        nothing=list(_NOTHING_TO_ASK),
+        why=why,
+    )
+    return {(r.step_id, r.unit_id) for r in rows}
+
+
 def pairs_below(tx: Tx, pairs: Collection[Pair]) -> set[Pair]:
     """The pairs that read the results of these."""
     if not pairs:
@@ -331,8 +378,8 @@ def _evaluate(tx: Tx, pairs: Sequence[Pair], actor: Actor, done: Evaluated) -> l
     for pair, d in decisions.items():
         if d.run:
             by_reason[facts[pair].cause].append(facts[pair].new_run)
-    for cause, rows in by_reason.items():
-        made |= tx.create_runs(rows, Actor(actor.name, cause))
+    for reason, rows in by_reason.items():
+        made |= tx.create_runs(rows, Actor(actor.name, reason))
     done.runs.extend(made.values())
     return _write(tx, facts, decisions, made)
 
@@ -356,7 +403,12 @@ def _write(
         """
         UPDATE coverage c SET state = d.state, why = d.why, reason = d.reason, wanted = d.wanted,
             run_id = coalesce(d.covered_by, c.run_id), result = coalesce(r.result, c.result),
-            requested = c.requested AND NOT d.settled, due_at = now() + d.due_in * interval '1 s', updated_at = now()
+            requested = c.requested AND NOT d.settled,
+            requested_for = CASE d.state WHEN 'covered' THEN '' ELSE c.requested_for END,
+            wanted_since = CASE WHEN c.wanted = d.wanted THEN c.wanted_since ELSE now() END,
+            settling_since = CASE WHEN d.why = 'settling' THEN coalesce(c.settling_since, now())
+                WHEN NOT d.settled THEN c.settling_since END,
+            due_at = now() + d.due_in * interval '1 s', updated_at = now()
         FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
             reason text, wanted text, covered_by bigint, settled boolean, due_in float8)
             LEFT JOIN run r ON r.id = d.covered_by
@@ -419,24 +471,33 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
     rows = tx.all(
         f"""
         WITH q AS MATERIALIZED (
-            SELECT c.step_id, c.unit_id, c.requested, c.run_id FROM coverage c
+            SELECT c.step_id, c.unit_id, c.requested, c.requested_for, c.run_id, c.wanted,
+                c.wanted_since, c.settling_since FROM coverage c
             JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
                 ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
             ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c)
-        SELECT q.step_id, q.unit_id, q.requested, s.name AS step, s.active AS step_active, s.version_policy,
-            s.version AS named_version, s.software_id, sw.name AS software, s.resources, s.cooldown_seconds,
-            s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
+        SELECT q.step_id, q.unit_id, q.requested, q.requested_for, s.name AS step, s.active AS step_active,
+            s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
+            s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
             p.id AS pipeline_id, p.location_id, p.priority, p.enabled AND p.deleted_at IS NULL AS enabled,
-            p.paused_by, p.paused_reason, p.trigger_type,
+            p.paused_by, p.paused_reason, p.trigger_type, p.trigger_config, now() AS now,
             u.key AS unit, u.members, u.digest, u.generation, cr.id AS config_id, coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
-            prev.software_version_id AS prev_version_id, prev.config_revision_id AS prev_config_id, prev.id AS prev_id,
+            prev.wanted AS prev_wanted, psw.name AS prev_software, pv.version AS prev_version,
+            s.fan_in, CASE WHEN s.fan_in <> 'all' THEN
+                (SELECT sum((x ->> 'read')::int) FROM jsonb_array_elements(prev.upstream) x) END AS accepted_results,
+            coalesce(pcr.hash, '') AS prev_config, q.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
+            extract(epoch FROM now() - q.wanted_since)::float AS quiet_seconds,
+            extract(epoch FROM now() - q.settling_since)::float AS settling_seconds,
             CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
-                WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id)))::float END AS since_last_run,
+                WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id) AND r.failure <> :withdrawn
+                    AND r.id IS DISTINCT FROM a.id))::float END AS since_last_run,
             up.steps AS upstream
         FROM q JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
         JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
-        LEFT JOIN run prev ON prev.id = q.run_id
+        LEFT JOIN run prev ON prev.id = q.run_id LEFT JOIN software_version pv ON pv.id = prev.software_version_id
+        LEFT JOIN software psw ON psw.id = pv.software_id
+        LEFT JOIN config_revision pcr ON pcr.id = prev.config_revision_id
         LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
         LEFT JOIN LATERAL (SELECT id, hash FROM config_revision WHERE config_id = s.config_id
             ORDER BY revision DESC LIMIT 1) cr ON true
@@ -449,6 +510,7 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         """,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
+        withdrawn=WITHDRAWN,
     )
     _sum_up(tx, [r.unit_id for r in rows if any(z["parts"] > TALLY_ROWS for z in r.upstream or ())])
     versions: dict[int, list[SoftwareVersion]] = defaultdict(list)
@@ -464,10 +526,21 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         by_step = {u.step: u.digest for u in upstream}
         wanted = ""
         if version:
-            wanted = wanted_digest(int(r.digest), r.members, by_step, r.software, version.version, r.config_hash)
+            own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
+            wanted = wanted_digest(*own, by_step, r.software, version.version, r.config_hash)
         known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
-    return {pair: _situation(*k, ended.get(pair)) for pair, k in known.items()}
+
+    @cache
+    def not_due(cron: str, timezone: str) -> str:
+        schedule = Schedule(cron, timezone)
+        return f"{due_text(schedule, next(due_times(schedule, rows[0].now)))}, cron {cron}"
+
+    def next_time(r: Any) -> str:
+        schedule = msgspec.convert(r.trigger_config, Schedule)
+        return not_due(schedule.cron, schedule.timezone) if r.trigger_type == TriggerType.CRON else ""
+
+    return {pair: _situation(*k, ended.get(pair), next_time(k[0])) for pair, k in known.items()}
 
 
 def _sum_up(tx: Tx, units: Sequence[int]) -> None:
@@ -514,6 +587,7 @@ def _situation(
     upstream: tuple[Upstream, ...],
     wanted: str,
     ended: EndedRun | None,
+    not_due: str,
 ) -> _Situation:
     paused = ""
     for what, by, reason in (
@@ -523,20 +597,28 @@ def _situation(
         if by:
             paused = f"{what} paused by {by}" + (f": {reason}" if reason else "")
             break
+    by_step = {u.step: u.digest for u in upstream}
     facts = GapFacts(
         members=r.members,
         wanted=wanted,
         version_fault=fault,
         upstream=upstream,
+        fan_in=FanIn(r.fan_in),
+        accepted_results=r.accepted_results or 0,
         active=ActiveRun(r.active_id, RunState(r.active_state), r.active_wanted) if r.active_id else None,
         ended=ended,
         step_active=r.step_active,
         enabled=r.enabled,
         paused=paused,
         trigger=TriggerType(r.trigger_type),
+        not_due=not_due,
         requested=r.requested,
         cooldown_seconds=r.cooldown_seconds,
         seconds_since_last_run=r.since_last_run,
+        settle_seconds=r.settle_seconds,
+        settle_at_most_seconds=10 * r.settle_seconds if r.settle_at_most_seconds is None else r.settle_at_most_seconds,
+        quiet_seconds=(r.quiet_seconds or 0.0) if wanted == r.known_wanted else 0.0,
+        settling_seconds=r.settling_seconds or 0.0,
     )
     resources = msgspec.convert(r.resources, Resources)
     new_run = {
@@ -553,15 +635,13 @@ def _situation(
         "cpu": resources.cpu,
         "memory_gb": resources.memory_gb,
     }
-    if r.prev_id is None:
-        cause = "no result covers this unit yet"
-    elif version and r.prev_version_id != version.id:
-        cause = f"stale: {r.software} {version.version} is wanted now"
-    elif r.prev_config_id != r.config_id:
-        cause = "stale: the config has a newer revision"
-    else:
-        cause = "stale: newer input"
-    return _Situation(facts, cause, new_run)
+    accepted = r.prev_wanted and AcceptedRun(r.prev_wanted, r.prev_software, r.prev_version, r.prev_config)
+    own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
+    now_wanted = (*own, by_step, r.software, version.version if version else "", r.config_hash)
+    why = cause(accepted, *now_wanted)
+    if r.requested_for and (r.requested or r.active_id):
+        why += f"; {r.requested_for}"
+    return _Situation(facts, why, new_run)
 
 
 def _without_copies(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, tuple[str, ...]]:

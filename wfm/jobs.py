@@ -31,7 +31,7 @@ from msgspec import Struct
 
 from wfm.backends import runjob
 from wfm.errors import InputError, UnavailableError, UsageError
-from wfm.model import PRODUCT_DIRECTORIES, JobSpec, Resources
+from wfm.model import PRODUCT_DIRECTORIES, JobSpec, Resources, UpstreamRead
 
 INPUT = "input"
 WORKSPACE = "workspace"
@@ -68,6 +68,7 @@ class JobFacts(Struct, frozen=True):
         config_parameters: the step's config.
         base_directory: absolute path of the root of all attempt directories.
         python: absolute path of the interpreter that the words ``python`` and ``python3`` stand for.
+        upstream: where it does not need all results of the steps it depends on, which ones it has.
     """
 
     location_id: int
@@ -86,6 +87,7 @@ class JobFacts(Struct, frozen=True):
     config_parameters: dict[str, Any]
     base_directory: str
     python: str
+    upstream: tuple[UpstreamRead, ...] = ()
 
 
 class InputFile(Struct, frozen=True):
@@ -344,6 +346,7 @@ def manifest(plan: StagePlan) -> dict[str, Any]:
             }
             for p in sorted(plan.products, key=lambda p: (p.step, p.unit, p.name))
         ],
+        "upstream": [msgspec.to_builtins(u) for u in facts.upstream],
         "workspace_dir": f"{directory}/{WORKSPACE}",
         "output_dir": f"{directory}/{output_directory(facts.step, facts.final)}",
         "log_dir": f"{directory}/{LOGS}",

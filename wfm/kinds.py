@@ -22,7 +22,19 @@ from wfm.config import Settings
 from wfm.decide import MoveFacts, Verdict, backoff, judge
 from wfm.errors import HeldError, InputError, OutputError, UnavailableError, WfmError
 from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan, attempt_directory
-from wfm.model import Actor, FailureClass, JobRef, JobSpec, JobStatus, Report, Resources, Role, RunState, TaskKind
+from wfm.model import (
+    Actor,
+    FailureClass,
+    JobRef,
+    JobSpec,
+    JobStatus,
+    Report,
+    Resources,
+    Role,
+    RunState,
+    TaskKind,
+    UpstreamRead,
+)
 from wfm.schema import UNITS_INSIDE
 from wfm.staging import StagingPolicy, stage
 from wfm.store import Move, RunRow, TaskRow, Tx, encode, failed
@@ -32,6 +44,9 @@ WORKER = Actor(Role.WORKER)
 RESULT_MANAGER = Actor(Role.RESULT_MANAGER)
 
 POLL = "poll"
+
+MISSING_NAMED = 20
+"""So many upstream units that a run does without are named in its manifest."""
 
 NOT_RUNNING = frozenset(
     {JobStatus.CANCELLED, JobStatus.ABSENT, JobStatus.VANISHED, JobStatus.COMPLETED, JobStatus.FAILED}
@@ -129,7 +144,7 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
     rows = tx.all(
         """
         SELECT r.id, r.location_id, r.attempt, p.name AS pipeline, s.name AS step, s.final, u.key, u."values",
-            sw.name AS software, sv.version, sv.command, s.environment, s.resources,
+            sw.name AS software, sv.version, sv.command, s.environment, s.resources, r.upstream,
             coalesce(cr.parameters, '{}') AS parameters
         FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
         JOIN unit u ON u.id = r.unit_id JOIN software_version sv ON sv.id = r.software_version_id
@@ -156,6 +171,7 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
             config_parameters=r.parameters,
             base_directory=base,
             python=sys.executable,
+            upstream=msgspec.convert(r.upstream, tuple[UpstreamRead, ...]),
         )
         for r in rows
     }
@@ -174,6 +190,25 @@ def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
         JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'covered'
         JOIN run cr ON cr.id = c.run_id
         WHERE r.id = ANY(:ids)
+        """,
+        ids=list(run_ids),
+    )
+    # What is missing follows from what was linked, not from coverage, which others may have changed in between.
+    tx.run(
+        f"""
+        UPDATE run SET upstream = z.upstream
+        FROM (
+            SELECT r.id, jsonb_agg(jsonb_build_object('step', us.name, 'units', n.units, 'read', n.read,
+                'missing', coalesce(n.missing, '{{}}')) ORDER BY us.position) AS upstream
+            FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN unit u ON u.id = r.unit_id
+            JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
+            CROSS JOIN LATERAL (
+                SELECT count(*) AS units, count(ur.id) AS read,
+                    (array_agg(l.key ORDER BY l.key) FILTER (WHERE ur.id IS NULL))[1:{MISSING_NAMED}] AS missing
+                FROM ({UNITS_INSIDE}) l LEFT JOIN (run_input i JOIN run ur ON ur.id = i.upstream_run_id)
+                    ON i.run_id = r.id AND (ur.step_id, ur.unit_id) = (us.id, l.id)) n
+            WHERE r.id = ANY(:ids) AND s.fan_in <> 'all' GROUP BY r.id) z
+        WHERE run.id = z.id
         """,
         ids=list(run_ids),
     )

@@ -64,9 +64,11 @@ class Why(StrEnum):
     ARRIVALS = "arrivals_not_sorted_yet"
     INCOMPLETE = "group_not_complete"
     COOLDOWN = "cooling_down"
+    SETTLING = "settling"
     NO_COPY = "no_reachable_copy"
     NO_VERSION = "no_usable_software_version"
     MANUAL = "manual_only"
+    NOT_DUE = "not_due"
     PAUSED = "paused"
     DISABLED = "disabled"
     FAILED = "failed"
@@ -95,6 +97,18 @@ class TriggerType(StrEnum):
     MANUAL = "MANUAL"
 
 
+class Schedule(Struct, frozen=True, omit_defaults=True):
+    """When a pipeline with trigger CRON works.
+
+    Attributes:
+        cron: five fields (minute, hour, day of month, month, day of week); empty for other triggers.
+        timezone: name in the IANA database; the fields are told by its clocks.
+    """
+
+    cron: str = ""
+    timezone: str = "UTC"
+
+
 class VersionPolicy(StrEnum):
     """How a step picks the version of its software."""
 
@@ -104,6 +118,15 @@ class VersionPolicy(StrEnum):
     """The newest active version with the same major number, not older than the named one."""
     LATEST = "latest"
     """The newest active version."""
+
+
+class FanIn(StrEnum):
+    """Which units of the steps it depends on a unit needs to run."""
+
+    ALL = "all"
+    """All that lie in it."""
+    ANY = "any"
+    """Those that are covered, and one of each step at least."""
 
 
 class ProductType(StrEnum):
@@ -221,6 +244,20 @@ class JobSpec(Struct, frozen=True):
     environment: dict[str, str]
     working_directory: str
     resources: Resources
+
+
+class UpstreamRead(Struct, frozen=True):
+    """What a run with fan-in other than all reads of one upstream step.
+
+    Attributes:
+        step: its name. units: that there were when the run was built. read: of these, those whose result it reads.
+        missing: keys of the others, the first few.
+    """
+
+    step: str
+    units: int
+    read: int
+    missing: tuple[str, ...] = ()
 
 
 class JobRef(Struct, frozen=True):

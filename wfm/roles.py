@@ -25,12 +25,22 @@ from wfm import gaps, plan
 from wfm.backends import Backend
 from wfm.charts import Chart
 from wfm.config import Settings
-from wfm.decide import DIGEST_MODULUS, Capacity, PendingRun, Share, admit, wanted_digest
-from wfm.events import ENTRANCES, AttemptFailed, Event, PipelineChanged, RunEvent
+from wfm.decide import (
+    DIGEST_MODULUS,
+    Capacity,
+    PendingRun,
+    Share,
+    admit,
+    due_text,
+    due_times,
+    own_members,
+    wanted_digest,
+)
+from wfm.events import ENTRANCES, AttemptFailed, Event, PipelineChanged, PipelineFired, RunEvent
 from wfm.jobs import build_spec
 from wfm.kinds import POLL, Poll, job_facts, link_upstream, open_purges, worker_kinds
-from wfm.model import Actor, Role, RunState, TaskKind
-from wfm.store import HOLDS_SLOT, TASK_ON_ENTRY, WITHDRAWN, Move, RunRow, Store, Tx
+from wfm.model import Actor, FanIn, Role, RunState, Schedule, TaskKind
+from wfm.store import HOLDS_SLOT, TASK_ON_ENTRY, WITHDRAWN, Move, RunRow, Store, Tx, encode
 from wfm.tasks import Outcome, TaskRunner, foreign_kinds
 
 log = logging.getLogger(__name__)
@@ -186,6 +196,7 @@ class TriggerManager(_Quiet):
         self.reconcile_seconds = settings.reconcile_seconds
         self.sweeps = [
             Sweep("due coverage", settings.sweep_seconds, self.evaluate_due),
+            Sweep("due pipelines", settings.sweep_seconds, self.fire_due),
             Sweep("reconcile", min(settings.reconcile_seconds, 5.0), self.reconcile_when_due),
             Sweep("absence", 30.0, self.notice_absence),
         ]
@@ -248,6 +259,61 @@ class TriggerManager(_Quiet):
         )
         if rows:
             gaps.evaluate(tx, {(r.step_id, r.unit_id) for r in rows}, self.actor)
+        return None
+
+    def fire_due(self, tx: Tx) -> After:
+        """Pipelines with trigger CRON whose time has come: ask for their gaps, once however often that time has passed.
+
+        A schedule that is new, or another one than before, counts from now.
+        """
+        tx.run(
+            "DELETE FROM schedule d USING pipeline p WHERE p.id = d.pipeline_id AND p.location_id = :loc"
+            " AND NOT (p.trigger_type = 'CRON' AND p.enabled AND p.deleted_at IS NULL)",
+            loc=self.location,
+        )
+        rows = tx.all(
+            """
+            SELECT p.id, p.trigger_config AS config, d.due_at <= now() AS due, now() AS now
+            FROM pipeline p LEFT JOIN schedule d ON d.pipeline_id = p.id AND d.config = p.trigger_config
+            WHERE p.location_id = :loc AND p.trigger_type = 'CRON' AND p.enabled AND p.deleted_at IS NULL
+                AND (d.due_at <= now() OR d.pipeline_id IS NULL)
+            """,
+            loc=self.location,
+        )
+        schedules = {r.id: msgspec.convert(r.config, Schedule) for r in rows}
+        following = {r.id: next(due_times(schedules[r.id], r.now)) for r in rows}
+        new = [{"id": r.id, "config": r.config, "due": following[r.id].isoformat()} for r in rows if not r.due]
+        if new:
+            tx.run(
+                """
+                INSERT INTO schedule (pipeline_id, config, due_at)
+                SELECT id, config, due FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+                    AS n(id bigint, config jsonb, due timestamptz) ORDER BY id
+                ON CONFLICT (pipeline_id) DO UPDATE SET config = excluded.config, due_at = excluded.due_at
+                WHERE schedule.config <> excluded.config
+                """,
+                rows=encode(new),
+            )
+        # Another copy of this role that fires one of these holds its row until that is committed; then it is not due.
+        mine = tx.all(
+            """
+            SELECT d.pipeline_id AS id, d.due_at, p.name FROM schedule d JOIN pipeline p ON p.id = d.pipeline_id
+            WHERE d.pipeline_id = ANY(:ids) AND d.due_at <= now() ORDER BY d.pipeline_id
+            FOR NO KEY UPDATE OF d SKIP LOCKED
+            """,
+            ids=[r.id for r in rows if r.due],
+        )
+        if not mine:
+            return None
+        gaps.evaluate(tx, gaps.fold(tx, self.location, self._arrivals(tx, ())), self.actor)
+        for d in mine:
+            window, then = due_text(schedules[d.id], d.due_at), following[d.id]
+            pairs = gaps.request(tx, d.id, f"due at {window}")
+            tx.run("UPDATE schedule SET fired_for = due_at, due_at = :then WHERE pipeline_id = :id", then=then, id=d.id)
+            times = {"window": d.due_at.isoformat(), "next": then.isoformat()}
+            event = PipelineFired(pipeline=d.name, pipeline_id=d.id, units=len(pairs), **times)
+            tx.emit(self.location, event, "", Actor(self.actor.name, f"due at {window}"))
+            gaps.evaluate(tx, pairs, self.actor)
         return None
 
     def reconcile_when_due(self, tx: Tx) -> After:
@@ -480,12 +546,13 @@ class WorkflowManager(_Quiet):
         link_upstream(tx, ids)
         rows = tx.all(
             """
-            SELECT r.id, r.wanted, u.digest, u.members, sw.name AS software, sv.version,
+            SELECT r.id, r.wanted, s.fan_in, u.digest, u.members, sw.name AS software, sv.version,
                 coalesce(cr.hash, '') AS config, us.name AS step,
                 (SELECT coalesce(sum(ur.result), 0) % :modulus
                     FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id
                     WHERE i.run_id = r.id AND ur.step_id = us.id) AS results
             FROM run r JOIN unit u ON u.id = r.unit_id JOIN software_version sv ON sv.id = r.software_version_id
+            JOIN reduction_step s ON s.id = r.step_id
             JOIN software sw ON sw.id = sv.software_id LEFT JOIN config_revision cr ON cr.id = r.config_revision_id
             LEFT JOIN step_dependency d ON d.step_id = r.step_id LEFT JOIN reduction_step us ON us.id = d.upstream_id
             WHERE r.id = ANY(:ids)
@@ -500,7 +567,14 @@ class WorkflowManager(_Quiet):
         return {
             r.id
             for r in rows
-            if wanted_digest(int(r.digest), r.members, upstream[r.id], r.software, r.version, r.config) != r.wanted
+            if r.wanted
+            != wanted_digest(
+                *own_members(FanIn(r.fan_in), int(r.digest), r.members),
+                upstream[r.id],
+                r.software,
+                r.version,
+                r.config,
+            )
         }
 
 

@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.types import UserDefinedType
 
 from wfm.decide import DIGEST_MODULUS
-from wfm.model import FINAL_STATES, CoverageState, ProductType, RunState, TriggerType, VersionPolicy
+from wfm.model import FINAL_STATES, CoverageState, FanIn, ProductType, RunState, TriggerType, VersionPolicy
 
 metadata = MetaData(
     naming_convention={
@@ -333,6 +333,16 @@ pipeline = Table(
     CheckConstraint("weight > 0 AND max_in_flight >= 1", name="share"),
 )
 
+# When a pipeline with trigger CRON is due; kept by the trigger-manager, which makes it anew when the config is another.
+schedule = Table(
+    "schedule",
+    metadata,
+    Column("pipeline_id", BigInteger, ForeignKey("pipeline.id"), primary_key=True),
+    _json("config"),
+    Column("due_at", DateTime(timezone=True), nullable=False),
+    _time("fired_for"),  # the last time that was due and has had its firing
+)
+
 reduction_step = Table(
     "reduction_step",
     metadata,
@@ -347,10 +357,13 @@ reduction_step = Table(
     _text("version_policy", VersionPolicy.COMPATIBLE),
     _text("version"),
     _ref("config_id", "config", null=True),
+    _text("fan_in", FanIn.ALL),
     _json("resources"),
     _json("environment"),
     Column("max_retries", Integer, nullable=False, server_default=text("3")),
     Column("cooldown_seconds", Double, nullable=False, server_default=text("0")),
+    Column("settle_seconds", Double, nullable=False, server_default=text("0")),
+    Column("settle_at_most_seconds", Double),  # None: ten times as long as settle_seconds
     Column("retention_days", Double),  # None: kept for ever
     Column("max_in_flight", Integer),
     Column("final", Boolean, nullable=False),  # no other step depends on it
@@ -359,9 +372,11 @@ reduction_step = Table(
     _text("paused_reason"),
     UniqueConstraint("pipeline_id", "name"),
     _one_of("version_policy", VersionPolicy),
+    _one_of("fan_in", FanIn),
     CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
     CheckConstraint("max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"),
     CheckConstraint("max_in_flight >= 1", name="share"),
+    CheckConstraint("settle_seconds >= 0 AND settle_at_most_seconds >= settle_seconds", name="settle"),
 )
 
 step_dependency = Table(
@@ -470,9 +485,12 @@ coverage = Table(
     _text("why", None),
     _text("reason"),
     _text("wanted"),  # digest that a covering run must have
+    _time("wanted_since"),
+    _time("settling_since"),  # since when nothing but settling keeps it from running
     _ref("run_id", "run", null=True),  # the accepted COMPLETED run
     _digest("result", null=True),  # the accepted result's term in the digest of units that depend on it
-    Column("requested", Boolean, nullable=False, server_default=text("false")),  # `wfm trigger` asked for it
+    Column("requested", Boolean, nullable=False, server_default=text("false")),  # to run at once, whatever the trigger
+    _text("requested_for"),  # who asked, or which time of a schedule
     _time("due_at"),  # when the trigger-manager must look again
     _time("updated_at", now=True),
     _one_of("state", CoverageState),
@@ -545,6 +563,7 @@ run = Table(
     Column("generation", BigInteger, nullable=False),  # of the unit's member set: pins the raw inputs
     _text("wanted", None),
     _digest("result"),  # this run's term in the digest of units that depend on it
+    _json("upstream", "[]"),  # wfm.model.UpstreamRead each; of fan-in other than all, once it is built
     _ref("software_version_id", "software_version"),
     _ref("config_revision_id", "config_revision", null=True),
     Column("priority", Integer, nullable=False, server_default=text("0")),

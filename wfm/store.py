@@ -359,7 +359,8 @@ class Tx:
                 state, why, reason = "waiting", "newer_input", f"run {r.id} was withdrawn: {r.message}"
             else:
                 state, why, reason = "blocked", "cancelled", f"run {r.id}: {r.message}"
-            rows.append({"id": r.id, "state": state, "why": why, "reason": reason})
+            again = r.failure == WITHDRAWN and r.state is RunState.CANCELLED  # who asked for it asks for the next one
+            rows.append({"id": r.id, "state": state, "why": why, "reason": reason, "again": again})
         if not rows:
             return
         self.run(
@@ -367,11 +368,11 @@ class Tx:
             UPDATE coverage c SET updated_at = now(), due_at = NULL,
                 state = CASE WHEN m.state = 'covered' AND c.wanted <> r.wanted THEN 'waiting' ELSE m.state END,
                 why = CASE WHEN m.state = 'covered' AND c.wanted <> r.wanted THEN 'newer_input' ELSE m.why END,
-                reason = m.reason,
+                reason = m.reason, requested = c.requested OR m.again,
                 run_id = CASE WHEN m.state = 'covered' THEN r.id ELSE c.run_id END,
                 result = CASE WHEN m.state = 'covered' THEN r.result ELSE c.result END
-            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS m(id bigint, state text, why text, reason text)
-                JOIN run r ON r.id = m.id
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+                AS m(id bigint, state text, why text, reason text, again boolean) JOIN run r ON r.id = m.id
             WHERE (c.step_id, c.unit_id) = (r.step_id, r.unit_id)
             """,
             rows=encode(rows),

@@ -598,4 +598,66 @@ FILES = [
     ),
 ]
 
-MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES]
+_TRIGGERS = "tests/acceptance/test_triggers.py"
+
+TRIGGERS = [
+    _guard(
+        "one firing, whoever sees that it is due",
+        _ROLES,
+        "ORDER BY d.pipeline_id\n            FOR NO KEY UPDATE OF d SKIP LOCKED",
+        "ORDER BY d.pipeline_id",
+        f"{_TRIGGERS}::test_one_firing_for_all_times_that_were_missed_whoever_sees_them",
+    ),
+    _guard(
+        "no firing in the past where clocks show a time twice",
+        "wfm/decide.py",
+        "if (time := time.astimezone(UTC)) > after:",
+        "if time := time.astimezone(UTC):",
+        "tests/unit/test_schedule.py",
+    ),
+    _guard(
+        "settling counts from the last change",
+        "wfm/gaps.py",
+        "THEN c.wanted_since ELSE now() END",
+        "THEN c.wanted_since ELSE coalesce(c.wanted_since, now()) END",
+        f"{_TRIGGERS}::test_a_unit_runs_when_what_it_reads_has_been_quiet",
+    ),
+    _guard(
+        "settling has an end",
+        "wfm/decide.py",
+        " and f.settling_seconds < f.settle_at_most_seconds:",
+        ":",
+        f"{_TRIGGERS}::test_endless_arrivals_do_not_keep_a_unit_from_running",
+    ),
+    _guard(
+        "a withdrawn run is no run for a cooldown",
+        "wfm/gaps.py",
+        " AND r.failure <> :withdrawn\n                    AND r.id IS DISTINCT FROM a.id",
+        "",
+        f"{_TRIGGERS}::test_a_cooldown_counts_from_runs_that_had_a_chance",
+    ),
+    _guard(
+        "a whole is not replaced by a part while results are made again",
+        "wfm/decide.py",
+        "if covered < min(f.accepted_results, possible):",
+        "if False:",
+        f"{_TRIGGERS}::test_a_whole_map_is_not_replaced_by_a_part_while_scans_are_made_again",
+        "tests/unit/test_decide.py",
+    ),
+    _guard(
+        "data that no result covers is none of a map's input",
+        "wfm/decide.py",
+        "if fan_in is FanIn.ALL else (0, 0)",
+        "",
+        f"{_TRIGGERS}::test_a_map_of_any_scans_says_which_are_missing_and_is_made_again_when_they_come",
+    ),
+    _guard(
+        "what was asked for is not forgotten with a withdrawn run",
+        _STORE,
+        "requested = c.requested OR m.again,",
+        "requested = c.requested,",
+        f"{_TRIGGERS}::test_what_was_asked_for_is_not_forgotten_when_newer_input_comes_before_it_starts",
+    ),
+]
+
+MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS]

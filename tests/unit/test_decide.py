@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wfm import decide
 from wfm.decide import (
+    AcceptedRun,
     ActiveRun,
     AgainFacts,
     Capacity,
@@ -24,6 +25,7 @@ from wfm.model import (
     REPEATABLE,
     CoverageState,
     FailureClass,
+    FanIn,
     JobStatus,
     Report,
     RunState,
@@ -110,6 +112,7 @@ def test_version_policies(policy, named, chosen, fault):
 # --- gaps ---
 
 UP = Upstream("cal", total=3, covered=3, blocked=0, digest=7)
+ANY = {"fan_in": FanIn.ANY}
 GAPS = [
     ("a gap", {}, CoverageState.ACTIVE, Why.RUN, True),
     ("no members", {"members": 0}, CoverageState.EMPTY, Why.EMPTY, False),
@@ -141,6 +144,60 @@ GAPS = [
     ("paused", {"paused": "by ada"}, CoverageState.HELD, Why.PAUSED, False),
     ("manual", {"trigger": TriggerType.MANUAL}, CoverageState.HELD, Why.MANUAL, False),
     ("manual asked", {"trigger": TriggerType.MANUAL, "requested": True}, CoverageState.ACTIVE, Why.RUN, True),
+    ("not due", {"trigger": TriggerType.CRON, "not_due": "noon"}, CoverageState.HELD, Why.NOT_DUE, False),
+    ("due", {"trigger": TriggerType.CRON, "requested": True}, CoverageState.ACTIVE, Why.RUN, True),
+    ("any: one is there", {**ANY, "upstream": (Upstream("cal", 3, 1, 2, 7),)}, CoverageState.ACTIVE, Why.RUN, True),
+    ("any: none yet", {**ANY, "upstream": (Upstream("cal", 3, 0, 2, 7),)}, CoverageState.WAITING, Why.UPSTREAM, False),
+    (
+        "any: none known",
+        {**ANY, "upstream": (Upstream("cal", 0, 0, 0, 7),)},
+        CoverageState.WAITING,
+        Why.UPSTREAM,
+        False,
+    ),
+    (
+        "any: of one step none",
+        {**ANY, "upstream": (Upstream("cal", 3, 3, 0, 7), Upstream("dark", 1, 0, 0, 0))},
+        CoverageState.WAITING,
+        Why.UPSTREAM,
+        False,
+    ),
+    (
+        "any: all blocked",
+        {**ANY, "upstream": (Upstream("cal", 3, 0, 3, 7),)},
+        CoverageState.BLOCKED,
+        Why.UPSTREAM_FAILED,
+        False,
+    ),
+    (
+        "any: fewer than before",
+        {**ANY, "upstream": (Upstream("cal", 9, 4, 1, 7),), "accepted_results": 5},
+        CoverageState.WAITING,
+        Why.UPSTREAM,
+        False,
+    ),
+    (
+        "any: fewer than before, and no more to come",
+        {**ANY, "upstream": (Upstream("cal", 9, 4, 5, 7),), "accepted_results": 5},
+        CoverageState.ACTIVE,
+        Why.RUN,
+        True,
+    ),
+    ("settling", {"settle_seconds": 9, "settle_at_most_seconds": 90}, CoverageState.WAITING, Why.SETTLING, False),
+    (
+        "settled",
+        {"settle_seconds": 9, "settle_at_most_seconds": 90, "quiet_seconds": 9},
+        CoverageState.ACTIVE,
+        Why.RUN,
+        True,
+    ),
+    (
+        "settles too long",
+        {"settle_seconds": 9, "settle_at_most_seconds": 90, "settling_seconds": 90},
+        CoverageState.ACTIVE,
+        Why.RUN,
+        True,
+    ),
     ("no copy", {"missing_copies": ("p1",)}, CoverageState.WAITING, Why.NO_COPY, False),
     (
         "cooling",
@@ -201,6 +258,32 @@ def test_a_cooldown_says_when_to_look_again():
 )
 def test_where_a_package_of_a_night_stands(selected, unsorted, open_pairs, waived, expected):
     assert decide.standing(selected, unsorted, open_pairs, waived) is expected
+
+
+def test_settling_says_when_to_look_again():
+    facts = GapFacts(members=1, wanted="w", settle_seconds=60, settle_at_most_seconds=600, quiet_seconds=20.0)
+    assert decide.gap(facts).due_in == 40.0
+    assert decide.gap(msgspec.structs.replace(facts, settling_seconds=590.0)).due_in == 10.0
+
+
+def test_what_takes_the_place_of_a_withdrawn_run_needs_not_be_asked_for_again():
+    facts = GapFacts(members=1, wanted="w", trigger=TriggerType.MANUAL, active=ActiveRun(5, RunState.PENDING, "old"))
+    assert (decide.gap(facts).run, decide.gap(facts).withdraw) == (True, 5)
+
+
+def test_a_cause_names_everything_that_is_not_as_it_was():
+    now = (5, 2, {"a": 1}, "fit", "1.3.0", "c")
+    accepted = AcceptedRun(decide.wanted_digest(*now), "fit", "1.3.0", "c")
+    newer = {0: 6, 1: 3, 2: {"a": 2}}
+    assert decide.cause(None, *now) == "no result covers this unit yet"
+    for n, value in newer.items():
+        assert decide.cause(accepted, *now[:n], value, *now[n + 1 :]) == "stale: newer input"
+    assert decide.cause(accepted, *now[:4], "1.4.0", "c") == "stale: fit 1.4.0 is wanted now"
+    assert decide.cause(accepted, *now[:5], "d") == "stale: the config has a newer revision"
+    assert decide.cause(accepted, 6, 2, {}, "map", "1.3.0", "d") == (
+        "stale: newer input; map 1.3.0 is wanted now; the config has a newer revision"
+    )
+    assert decide.cause(accepted, *now) == "stale: its result is gone"
 
 
 # --- admission ---

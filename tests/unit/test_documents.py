@@ -152,7 +152,7 @@ def test_five_faults_in_one_pipeline_are_five_faults_with_their_lines() -> None:
         "chai.yaml",
     ) == [
         "chai.yaml:4: unknown key 'triger', did you mean 'trigger'?; allowed: kind, name, description, grouping, "
-        "location, trigger, enabled, priority, weight, max_in_flight, steps",
+        "location, trigger, trigger_config, enabled, priority, weight, max_in_flight, steps",
         "chai.yaml:9: steps[0].max_retries: expected a whole number from 0 to 1000, got '-1'",
         "chai.yaml:12: 'newest' is not a version such as 1.4.0",
         "chai.yaml:13: step 'map' is grouped by line, which the units of 'calibrate' (grouped by source) do not "
@@ -227,7 +227,7 @@ def package(text: str = "", files: str = "[{name: f, size: 1, checksum: 'sha256:
         ("kind: pipeline\nname: " + "a" * 64 + "\ngrouping: g\nsteps: [{name: a, software: s}]\n", 2, "name that can be a directory"),
         ("kind: pipeline\nname: p\ngrouping: g\nsteps: []\n", 4, "steps: must not be empty"),
         ("kind: pipeline\nname: p\ngrouping: g\n", 1, "missing key 'steps'"),
-        ("kind: pipeline\nname: p\ngrouping: g\nsteps: [{name: a, software: s}]\ntrigger: CRON\n", 5, "trigger: CRON is not in this version yet; allowed: CONTINUOUS, MANUAL"),
+        ("kind: pipeline\nname: p\ngrouping: g\nsteps: [{name: a, software: s}]\ntrigger: CRON\n", 5, "trigger: CRON needs a cron expression: trigger_config: {cron: "),
         ("kind: pipeline\nname: p\ngrouping: g\nsteps: [{name: a, software: s}]\ntrigger: ALWAYS\n", 5, "unknown trigger 'ALWAYS'; allowed: CONTINUOUS, CRON, MANUAL"),
         ("kind: pipeline\nname: p\ngrouping: g\nsteps: [{name: a, software: s}]\nenabled: on\n", 5, "enabled: expected true or false, got 'on'"),
         ("kind: pipeline\nname: p\ngrouping: g\nsteps:\n- {name: a, software: s}\n- {name: a, software: s}\n", 6, "step 'a' comes twice"),

@@ -189,6 +189,7 @@ def test_the_manifest_tells_everything() -> None:
                 "checksum": SHA,
             }
         ],
+        "upstream": [],
         "workspace_dir": f"{ATTEMPT}/workspace",
         "output_dir": f"{ATTEMPT}/output",
         "log_dir": f"{ATTEMPT}/logs",

@@ -25,6 +25,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         data.data,
     ),
     "Pipelines": (
+        definitions.pipelines,
         *(definitions.trigger, definitions.pause, definitions.resume, definitions.enable, definitions.disable),
         runs.why,
         plan.plan,

@@ -253,6 +253,39 @@ _target = click.argument("target", metavar="PIPELINE[/STEP]")
 
 
 @click.command()
+@click.argument("name", metavar="[PIPELINE]", required=False)
+@output.as_json
+def pipelines(name: str | None, as_json: bool) -> None:
+    """List the pipelines, and when they work: the next times of those with `trigger: CRON`.
+
+    \b
+    Example:  wfm pipelines
+              wfm pipelines nightly-maps --json
+    """
+    from wfm import views
+
+    with context.deployment() as d, d.read() as tx:
+        found = views.pipelines(tx.conn, d.location, pipeline=name)
+    if as_json:
+        output.document(found)
+        return
+    rows = [
+        (
+            p.name,
+            " ".join(filter(None, (p.trigger, p.cron, p.timezone))),
+            "disabled" if not p.enabled else f"paused by {p.paused_by}" if p.paused_by else "enabled",
+            p.priority,
+            output.when(p.fired_for),
+            "; ".join(f"{output.when(t.utc)} ({t.local})" for t in p.next),
+        )
+        for p in found
+    ]
+    output.table(
+        ("PIPELINE", "TRIGGER", "STATE", "PRIORITY", "FIRED FOR", "NEXT TIMES"), rows, empty="no pipelines yet"
+    )
+
+
+@click.command()
 @_target
 @click.argument("unit", required=False)
 @context.reason
@@ -260,7 +293,7 @@ _target = click.argument("target", metavar="PIPELINE[/STEP]")
 def trigger(target: str, unit: str | None, reason: str, as_json: bool) -> None:
     """Ask for gaps to run now: of a pipeline, of one step, of one unit.
 
-    This is how pipelines with `trigger: MANUAL` run. What is covered stays covered.
+    This is how pipelines with `trigger: MANUAL` run; those with CRON need not wait then. What is covered stays covered.
 
     \b
     Example:  wfm trigger ngc253-co

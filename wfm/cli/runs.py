@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from wfm.cli import context, output
 from wfm.errors import NotFoundError, UsageError
-from wfm.model import ACTIVE_STATES, FINAL_STATES, JobRef, Role, RunState
+from wfm.model import ACTIVE_STATES, FINAL_STATES, JobRef, Role, RunState, UpstreamRead
 
 if TYPE_CHECKING:
     from wfm.acts import Moved
@@ -135,6 +135,7 @@ def _show(r: RunDetail) -> None:
             ("software", f"{r.software} {r.software_version}"),
             ("config", f"{r.config} revision {r.config_revision}" if r.config else ""),
             ("inputs", f"{total}: {', '.join(inputs)}{', ...' if total > len(inputs) else ''}"),
+            ("without", "; ".join(map(_missing, r.partial))),
             ("asked for", f"{r.cpu:g} cores, {r.memory_gb:g} GB"),
             ("used", _used(r)),
             ("node", r.node),
@@ -157,6 +158,13 @@ def _show(r: RunDetail) -> None:
         click.echo()
         tasks = [(t.kind, t.attempt, t.state, t.tries, t.owner, _one_line(t.error)) for t in r.tasks]
         output.table(("TASK", "ATTEMPT", "STATE", "TRIES", "OWNER", "ERROR"), tasks, empty="")
+
+
+def _missing(u: UpstreamRead) -> str:
+    if u.read == u.units:
+        return ""
+    listed = ", ".join(u.missing) + (", ..." if len(u.missing) < u.units - u.read else "")
+    return f"{u.units - u.read} of {u.units} units of {u.step}: {listed}"
 
 
 def _used(r: RunDetail) -> str:

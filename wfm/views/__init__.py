@@ -43,7 +43,7 @@ from wfm.views.ledger import (
     is_before,
     log_end,
 )
-from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
+from wfm.views.lists import Counts, DueTime, PackageLine, PendingLine, PipelineLine, counts, packages, pipelines
 from wfm.views.planned import AbsenceLine, PlanLine, absences, planned
 from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
 from wfm.views.run_lines import (
@@ -73,6 +73,7 @@ __all__ = [
     "DeadLetter",
     "DeadLetterLine",
     "DeadLetterState",
+    "DueTime",
     "Estimate",
     "EventDetail",
     "EventLine",
@@ -84,6 +85,7 @@ __all__ = [
     "PackageLine",
     "PackageWhy",
     "PendingLine",
+    "PipelineLine",
     "PlanLine",
     "ProductLine",
     "RuleCount",
@@ -117,6 +119,7 @@ __all__ = [
     "mermaid",
     "night_bounds",
     "packages",
+    "pipelines",
     "planned",
     "run_detail",
     "runs",

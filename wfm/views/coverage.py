@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -11,7 +12,8 @@ from msgspec import Struct, structs
 from sqlalchemy import Connection, exists, literal, select, union_all
 
 from wfm import grouping
-from wfm.model import CoverageState, RunState, TriggerType, Why
+from wfm.decide import due_text, due_times
+from wfm.model import CoverageState, FanIn, RunState, Schedule, Why
 from wfm.schema import UNITS_INSIDE
 from wfm.store import WITHDRAWN
 from wfm.views.sql import (
@@ -85,15 +87,17 @@ CHANGE: dict[Why, str] = {
     Why.COVERED: "nothing needs to be done; new input, version or config makes it a gap again",
     Why.RUN: "{run} goes on by itself{waiting}; `wfm runs watch` follows it, `wfm runs cancel` stops it",
     Why.NEWER_INPUT: "when {run} has ended, the newer input, version or config gets a run of its own",
-    Why.UPSTREAM: "all upstream units must be covered, {open} of {total} are not: {upstream}",
+    Why.UPSTREAM: "{needed}, {open} of {total} are not: {upstream}",
     Why.UPSTREAM_FAILED: "mend what stopped upstream: {upstream}",
     Why.ARRIVALS: "the trigger-manager looks at it next; if it stays so, see `wfm health trigger-manager`",
     Why.INCOMPLETE: "the named observations arrive, or `wfm data lost NAME` says that they never will; "
     "`wfm data plan` lists what is expected",
     Why.COOLDOWN: "a new run may start {due}",
+    Why.SETTLING: "it runs {due}, if nothing it reads changes meanwhile",
     Why.NO_COPY: "bring the named packages to a location with disk storage",
     Why.NO_VERSION: "apply an active version that fits, or change the step's version policy",
-    Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`{cron}",
+    Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`",
+    Why.NOT_DUE: "the next time of its schedule: {next}; at once: `wfm trigger {pipeline}/{step} {unit}`",
     Why.PAUSED: "`wfm resume {paused}`",
     Why.DISABLED: "{enable}",
     Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
@@ -135,7 +139,9 @@ class _Situation(WhyLine, frozen=True, kw_only=True):
     step_active: bool
     pipeline_paused: bool
     step_paused: bool
-    trigger: TriggerType
+    trigger_config: Schedule
+    fan_in: FanIn
+    now: datetime
 
 
 def why(
@@ -190,7 +196,8 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
                 AND r.state IN {_ACTIVE}) a) AS active,
             (SELECT to_jsonb(f) FROM ({_FAILED}) f) AS failed,
             s.id AS step_id, u.id AS unit_id, s.active AS step_active,
-            p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused, p.trigger_type AS trigger
+            p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused, p.trigger_config,
+            s.fan_in, now() AS now
         FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
         JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
         LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
@@ -291,14 +298,22 @@ def _change(s: _Situation) -> str:
         logs=f" (`wfm runs logs {s.failed.id}` shows what it said)"
         if s.failed and s.failed.exit_code is not None
         else "",
+        needed="all upstream units must be covered"
+        if s.fan_in is FanIn.ALL
+        else "some of each upstream step must be covered, and as many as before",
         open=s.upstream_open,
         total=s.upstream_total,
         upstream=", ".join(upstream) + (", ..." if len(upstream) < s.upstream_open else "") or "none known yet",
         due=f"at {s.due_at:%Y-%m-%d %H:%M:%S} UTC" if s.due_at else "soon",
         paused="` and `wfm resume ".join(paused) or s.pipeline,
         enable=f"`wfm enable {s.pipeline}`" if s.step_active else f"apply {s.pipeline} with the step {s.step} in it",
-        cron=", or wait for the next time of its cron expression" if s.trigger is TriggerType.CRON else "",
+        next=next_times(s.trigger_config, s.now) if s.why is Why.NOT_DUE else "",
     )
+
+
+def next_times(schedule: Schedule, now: datetime) -> str:
+    """The first few times of a schedule after now; empty if it has none, as it was perhaps changed just now."""
+    return ", ".join(due_text(schedule, t) for t in islice(due_times(schedule, now), _FIRST)) if schedule.cron else ""
 
 
 class NotSelected(Struct, frozen=True):

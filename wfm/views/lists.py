@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from datetime import datetime
+from itertools import islice
+from zoneinfo import ZoneInfo
 
+import msgspec
 from msgspec import Struct
 from sqlalchemy import Connection
 
-from wfm.model import RunState
-from wfm.views.sql import _PACKAGES, _all, _asked, _column, _require, _require_location, _rows
+from wfm.decide import due_times
+from wfm.model import RunState, Schedule, TriggerType
+from wfm.views.sql import (
+    _OF_PIPELINE,
+    _PACKAGES,
+    _PIPELINES_HERE,
+    _all,
+    _asked,
+    _column,
+    _require,
+    _require_location,
+    _rows,
+)
 
 
 class PackageLine(Struct, frozen=True, kw_only=True):
@@ -68,6 +82,63 @@ def packages(
 def _like(pattern: str) -> str:
     escaped = re.sub(r"([\\%_])", r"\\\1", pattern)
     return escaped.replace("*", "%").replace("?", "_")
+
+
+class DueTime(Struct, frozen=True):
+    """A time of a schedule: in UTC, and as the clocks of its zone show it, with their offset."""
+
+    utc: datetime
+    local: str
+
+
+class PipelineLine(Struct, frozen=True, kw_only=True):
+    """A pipeline, and when it works.
+
+    Attributes:
+        cron, timezone: of trigger CRON; None for others.
+        next: its next times, none while it is disabled. fired_for: the last time that it was fired for.
+        paused_by: empty if nobody did.
+    """
+
+    name: str
+    trigger: TriggerType
+    enabled: bool
+    paused_by: str
+    priority: int
+    cron: str | None
+    timezone: str | None
+    next: list[DueTime]
+    fired_for: datetime | None
+
+
+def pipelines(conn: Connection, location_id: int, *, pipeline: str | None = None, times: int = 3) -> list[PipelineLine]:
+    """The pipelines of a location, with their next times.
+
+    Raises:
+        NotFoundError: no such location, or no such pipeline there.
+    """
+    _require_location(conn, location_id)
+    _require(conn, "pipeline", pipeline, _PIPELINES_HERE, loc=location_id)
+    rows = _all(
+        conn,
+        f"""
+        SELECT p.name, p.trigger_type AS trigger, p.trigger_config AS config, p.enabled, p.paused_by, p.priority,
+            d.fired_for, now() AS now
+        FROM pipeline p LEFT JOIN schedule d ON d.pipeline_id = p.id
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND {_OF_PIPELINE} ORDER BY p.name
+        """,
+        loc=location_id,
+        pipeline=pipeline,
+    )
+    lines = []
+    for r in rows:
+        schedule = msgspec.convert(r.pop("config"), Schedule)
+        cron, now, zone = r["trigger"] == TriggerType.CRON, r.pop("now"), ZoneInfo(schedule.timezone)
+        due = islice(due_times(schedule, now), times) if cron and r["enabled"] else ()
+        r["cron"], r["timezone"] = (schedule.cron, schedule.timezone) if cron else (None, None)
+        r["next"] = [DueTime(t, t.astimezone(zone).isoformat()) for t in due]
+        lines.append(msgspec.convert(r, PipelineLine))
+    return lines
 
 
 class PendingLine(Struct, frozen=True):

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct, structs
 from sqlalchemy import Connection
 
-from wfm.model import JobSpec, ProductType, RunState
+from wfm.model import JobSpec, ProductType, RunState, UpstreamRead
 from wfm.views.ledger import _EVENT, EventLine
 from wfm.views.sql import (
     _OF_PIPELINE,
@@ -116,6 +116,7 @@ class RunDetail(RunLine, frozen=True, kw_only=True):
         generation: of the unit's members; with the unit it pins the raw inputs.
         packages: names of these members in order, the first `SHOWN` of `packages_total`.
         upstream: runs whose results it reads, the first `SHOWN` of `upstream_total`.
+        partial: where it does not need all results of the steps it depends on, which ones it has.
         wanted: digest of inputs, version and config.
         memory_gb, peak_memory_gb: in 10^9 bytes, asked for and used.
         job: what the current attempt's backend was given; None before the run was admitted.
@@ -137,6 +138,7 @@ class RunDetail(RunLine, frozen=True, kw_only=True):
     packages_total: int = 0
     upstream: list[RunRef] = []
     upstream_total: int = 0
+    partial: list[UpstreamRead] = []
     priority: int
     cpu: float
     memory_gb: float
@@ -240,6 +242,7 @@ def run_detail(conn: Connection, run_id: int) -> RunDetail:
             cf.name AS config, cr.revision AS config_revision, cr.parameters,
             EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id, c.run_id) = (r.step_id, r.unit_id, r.id))
                 AND r.state = 'COMPLETED' AS accepted,
+            r.upstream AS partial,
             r.generation, r.wanted, r.priority, r.cpu, r.memory_gb, r.failures, s.max_retries, r.due_at,
             r.look_again_at, r.submitted_at, r.job, r.backend, r.handle, r.exit_code, r.cpu_hours, r.peak_memory_gb,
             r.node, r.evidence,
