@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -63,6 +63,17 @@ def wanted_digest(
     """
     steps = [f"{name}={upstream[name]}" for name in sorted(upstream)]
     return f"{item_hash('wanted', members, count, *steps, software, version, config):032x}"
+
+
+def in_place_of_revoked(wanted: str, revoked: Collection[str]) -> str:
+    """The digest that a run must have where results of some digests were revoked.
+
+    Each revoked digest leads to one other. So the result that takes its place is another one for whatever reads it, and
+    when the revocation is undone, the first result counts again.
+    """
+    while wanted in revoked:
+        wanted = f"{item_hash('in place of', wanted):032x}"
+    return wanted
 
 
 # --- versions ---
@@ -142,6 +153,7 @@ class GapFacts(Struct, frozen=True):
     members: int
     wanted: str
     version_fault: str = ""
+    config_fault: str = ""
     upstream: tuple[Upstream, ...] = ()
     active: ActiveRun | None = None
     ended: EndedRun | None = None
@@ -218,6 +230,8 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return say(CoverageState.WAITING, Why.UPSTREAM, f"{u.covered} of {u.total} units of {u.step} are covered")
     if f.version_fault:
         return say(CoverageState.BLOCKED, Why.NO_VERSION, f.version_fault)
+    if f.config_fault:
+        return say(CoverageState.BLOCKED, Why.NO_CONFIG, f.config_fault)
     if f.ended and f.ended.state is RunState.COMPLETED:
         return say(CoverageState.COVERED, Why.COVERED, f"run {f.ended.id}", covered_by=f.ended.id)
     if f.ended and f.ended.state is RunState.FAILED:

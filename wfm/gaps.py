@@ -11,7 +11,7 @@ messages. An event only says where to look first. Three functions, all set-based
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -28,6 +28,7 @@ from wfm.decide import (
     Upstream,
     choose_version,
     gap,
+    in_place_of_revoked,
     set_digest,
     wanted_digest,
 )
@@ -272,8 +273,11 @@ class Evaluated(Struct):
     changed: int = 0
 
 
-def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor) -> Evaluated:
-    """Decide for each pair what coverage says, start the runs that follow, and go on to what depends on them."""
+def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor, in_time: Callable[[], object] = lambda: None) -> Evaluated:
+    """Decide for each pair what coverage says, start the runs that follow, and go on to what depends on them.
+
+    `in_time` is called from time to time; what it raises ends the evaluation.
+    """
     done = Evaluated()
     positions = {r.id: r.position for r in tx.all("SELECT id, position FROM reduction_step")}
     waiting: dict[int, set[Pair]] = defaultdict(set)
@@ -283,6 +287,7 @@ def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor) -> Evaluated:
     while waiting:
         wave = sorted(waiting.pop(min(waiting)))
         for start in range(0, len(wave), CHUNK):
+            in_time()
             changed = _evaluate(tx, wave[start : start + CHUNK], actor, done)
             done.changed += len(changed)
             for pair in pairs_below(tx, changed):
@@ -414,7 +419,7 @@ class _Situation(Struct, frozen=True):
 
 
 def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
-    """Everything `decide.gap` looks at, in three statements; locks the coverage rows."""
+    """Everything `decide.gap` looks at, in few statements; locks the coverage rows."""
     final = "('" + "','".join(sorted(FINAL_STATES)) + "')"
     rows = tx.all(
         f"""
@@ -428,8 +433,10 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
             p.id AS pipeline_id, p.location_id, p.priority, p.enabled AND p.deleted_at IS NULL AS enabled,
             p.paused_by, p.paused_reason, p.trigger_type,
-            u.key AS unit, u.members, u.digest, u.generation, cr.id AS config_id, coalesce(cr.hash, '') AS config_hash,
+            u.key AS unit, u.members, u.digest, u.generation, cf.name AS config, cr.id AS config_id,
+            coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
+            prev.wanted AS prev_wanted,
             prev.software_version_id AS prev_version_id, prev.config_revision_id AS prev_config_id, prev.id AS prev_id,
             CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
                 WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id)))::float END AS since_last_run,
@@ -438,7 +445,8 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
         LEFT JOIN run prev ON prev.id = q.run_id
         LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
-        LEFT JOIN LATERAL (SELECT id, hash FROM config_revision WHERE config_id = s.config_id
+        LEFT JOIN config cf ON cf.id = s.config_id
+        LEFT JOIN LATERAL (SELECT id, hash FROM config_revision WHERE config_id = s.config_id AND revoked_by = ''
             ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL (
             SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
@@ -457,17 +465,40 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         ids=sorted({r.software_id for r in rows}),
     ):
         versions[v.software_id].append(SoftwareVersion(v.id, v.version, v.state))
+    revoked = revoked_results(tx, pairs)
     known = {}
     for r in rows:
         version, fault = choose_version(VersionPolicy(r.version_policy), r.named_version, versions[r.software_id])
         upstream = tuple(msgspec.convert(z, Upstream, strict=False) for z in r.upstream or ())
         by_step = {u.step: u.digest for u in upstream}
         wanted = ""
-        if version:
+        if version and not _config_fault(r):
             wanted = wanted_digest(int(r.digest), r.members, by_step, r.software, version.version, r.config_hash)
+            wanted = in_place_of_revoked(wanted, revoked[r.step_id, r.unit_id])
         known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
-    return {pair: _situation(*k, ended.get(pair)) for pair, k in known.items()}
+    return {pair: _situation(*k, ended.get(pair), revoked[pair]) for pair, k in known.items()}
+
+
+def _config_fault(r: Any) -> str:
+    return f"every revision of config {r.config} is revoked" if r.config and r.config_id is None else ""
+
+
+def revoked_results(tx: Tx, pairs: Collection[Pair]) -> Mapping[Pair, set[str]]:
+    """By pair, the digests whose result must not be used: a product of the run that made it is revoked."""
+    found: dict[Pair, set[str]] = defaultdict(set)
+    for r in tx.all(
+        """
+        SELECT DISTINCT r.step_id, r.unit_id, r.wanted
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
+        JOIN run r ON (r.step_id, r.unit_id) = (q.s, q.u) JOIN data_product d ON d.run_id = r.id
+        WHERE d.revoked_by <> ''
+        """,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
+    ):
+        found[r.step_id, r.unit_id].add(r.wanted)
+    return found
 
 
 def _sum_up(tx: Tx, units: Sequence[int]) -> None:
@@ -514,6 +545,7 @@ def _situation(
     upstream: tuple[Upstream, ...],
     wanted: str,
     ended: EndedRun | None,
+    revoked: Collection[str],
 ) -> _Situation:
     paused = ""
     for what, by, reason in (
@@ -527,6 +559,7 @@ def _situation(
         members=r.members,
         wanted=wanted,
         version_fault=fault,
+        config_fault=_config_fault(r),
         upstream=upstream,
         active=ActiveRun(r.active_id, RunState(r.active_state), r.active_wanted) if r.active_id else None,
         ended=ended,
@@ -555,6 +588,8 @@ def _situation(
     }
     if r.prev_id is None:
         cause = "no result covers this unit yet"
+    elif r.prev_wanted in revoked:
+        cause = "stale: its result was revoked"
     elif version and r.prev_version_id != version.id:
         cause = f"stale: {r.software} {version.version} is wanted now"
     elif r.prev_config_id != r.config_id:

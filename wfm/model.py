@@ -65,6 +65,7 @@ class Why(StrEnum):
     COOLDOWN = "cooling_down"
     NO_COPY = "no_reachable_copy"
     NO_VERSION = "no_usable_software_version"
+    NO_CONFIG = "no_usable_config"
     MANUAL = "manual_only"
     PAUSED = "paused"
     DISABLED = "disabled"

@@ -76,6 +76,11 @@ def _json(name: str, default: str = "{}") -> Column[object]:
     return Column(name, JSONB, nullable=False, server_default=text(f"'{default}'"))
 
 
+def _revoked() -> tuple[Column[str], Column[str]]:
+    """Who says that a thing must not be used, and why; empty: it may."""
+    return _text("revoked_by"), _text("revoked_reason")
+
+
 def _one_of(column: str, values: object) -> CheckConstraint:
     listed = ", ".join(f"'{v}'" for v in values)  # type: ignore[attr-defined]
     return CheckConstraint(f"{column} IN ({listed})", name=column)
@@ -182,6 +187,7 @@ raw_data_package = Table(
     Column("size", BigInteger, nullable=False),
     _digest("item"),  # hash of name and file checksums; the package's term in a unit's digest
     _json("metadata"),
+    *_revoked(),  # beside `state`, which whoever registers the package says anew
     _time("registered_at", now=True),
     _one_of("state", ("waiting", "transferring", "archived", "failed")),
     CheckConstraint("size >= 0", name="size"),
@@ -252,6 +258,7 @@ software_version = Table(
     _text("image"),
     _text("sif"),
     _text("state", "active"),
+    *_revoked(),  # who deprecated or revoked it by `wfm revoke`
     _time("created_at", now=True),
     _one_of("state", ("active", "deprecated", "revoked")),
     UniqueConstraint("software_id", "version"),
@@ -259,7 +266,7 @@ software_version = Table(
 
 config = Table("config", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description"))
 
-# Immutable: changed parameters make a new revision, the newest one counts.
+# Immutable: changed parameters make a new revision; the newest one that is not revoked counts.
 config_revision = Table(
     "config_revision",
     metadata,
@@ -268,6 +275,7 @@ config_revision = Table(
     Column("revision", Integer, nullable=False),
     _json("parameters"),
     _text("hash", None),
+    *_revoked(),
     _time("created_at", now=True),
     UniqueConstraint("config_id", "revision"),
 )
@@ -605,11 +613,13 @@ data_product = Table(
     _text("checksum", None),
     _json("metrics"),
     Column("superseded_by", BigInteger, ForeignKey("run.id")),  # its own run: by a later attempt of it
+    *_revoked(),
     _time("created_at", now=True),
     _one_of("type", ProductType),
     UniqueConstraint("run_id", "attempt", "path"),
     # Only of those that are: nearly all are not, and looking these up by it would read the whole table.
     Index("ix_data_product_superseded_by", "superseded_by", postgresql_where=text("superseded_by IS NOT NULL")),
+    Index("ix_data_product_revoked", "run_id", postgresql_where=text("revoked_by <> ''")),
 )
 
 dead_letter = Table(

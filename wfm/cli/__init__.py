@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from wfm import __version__
-from wfm.cli import context, data, definitions, events, plan, runs, system, trial, upkeep
+from wfm.cli import context, data, definitions, events, plan, revoke, runs, system, trial, upkeep
 
 __all__ = ["main", "wfm"]
 
@@ -23,6 +23,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Definitions and data": (
         *(definitions.apply, definitions.diff, definitions.get, definitions.delete),
         data.data,
+        revoke.revoke,
     ),
     "Pipelines": (
         *(definitions.trigger, definitions.pause, definitions.resume, definitions.enable, definitions.disable),

@@ -34,7 +34,7 @@ from wfm.views.ledger import (
     log_end,
 )
 from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
-from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
+from wfm.views.provenance import LineageKind, LineageNode, find_product, lineage, mermaid, tree
 from wfm.views.run_lines import (
     SHOWN,
     ProductLine,
@@ -91,6 +91,7 @@ __all__ = [
     "events",
     "explain",
     "explain_pipeline",
+    "find_product",
     "is_before",
     "lineage",
     "log_end",

@@ -91,6 +91,7 @@ CHANGE: dict[Why, str] = {
     Why.COOLDOWN: "a new run may start {due}",
     Why.NO_COPY: "bring the named packages to a location with disk storage",
     Why.NO_VERSION: "apply an active version that fits, or change the step's version policy",
+    Why.NO_CONFIG: "apply the config with other parameters, or undo a revocation (`wfm revoke config ... --restore`)",
     Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`{cron}",
     Why.PAUSED: "`wfm resume {paused}`",
     Why.DISABLED: "{enable}",
@@ -310,7 +311,7 @@ class PackageWhy(Struct, frozen=True, kw_only=True):
     """What becomes of one raw data package.
 
     Attributes:
-        state: of its registration.
+        state: of its registration; or revoked.
         units: the (step, unit) pairs that contain it now.
         not_selected: pipelines of the location without it, each with the first rule that rejects it.
         summary: one sentence for people.
@@ -331,7 +332,10 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
     """
     _require_location(conn, location_id)
     _require(conn, "raw data package", name, _PACKAGES)
-    (package,) = _all(conn, "SELECT id, state FROM raw_data_package WHERE name = :name", name=name)
+    (package,) = _all(
+        conn, "SELECT id, state, revoked_by, revoked_reason FROM raw_data_package WHERE name = :name", name=name
+    )
+    revoked = package["revoked_by"] and f"revoked by {package['revoked_by']}: {package['revoked_reason']}"
     member = "SELECT unit_id FROM unit_member WHERE package_id = :package AND removed IS NULL"
     units = _why(conn, f"s.active AND u.id IN ({member})", limit=10_000, loc=location_id, package=package["id"])
     others = _all(
@@ -346,22 +350,29 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
         loc=location_id,
         package=package["id"],
     )
-    rejecting = _rejecting_rules(conn, package["id"], {p["name"]: p["rules"] for p in others})
+    rejecting = {} if revoked else _rejecting_rules(conn, package["id"], {p["name"]: p["rules"] for p in others})
     not_selected = []
     for p in others:
-        if p["name"] in rejecting:
+        if revoked:
+            reason = f"the package is {revoked}"
+        elif p["name"] in rejecting:
             reason = f"grouping {p['grouping']} rejects it: {rejecting[p['name']]}"
         else:
             reason = f"grouping {p['grouping']} selects it, but its arrival is not sorted yet"
         not_selected.append(NotSelected(p["name"], reason if p["enabled"] else f"{reason}; the pipeline is disabled"))
     containing = sorted({u.pipeline for u in units})
-    if containing:
+    if revoked:
+        summary = f"{revoked}; no unit may use it (`wfm revoke package {name} --restore` undoes that)"
+        if containing:
+            summary += f"; {', '.join(containing)} are about to let it go"
+    elif containing:
         summary = f"{len(units)} (step, unit) pairs of {', '.join(containing)} contain it"
     elif any(p["enabled"] and p["name"] not in rejecting for p in others):
         summary = "its arrival is not sorted yet"
     else:
         summary = "no enabled pipeline of this location selects it"
-    return PackageWhy(package=name, state=package["state"], units=units, not_selected=not_selected, summary=summary)
+    state = "revoked" if revoked else package["state"]
+    return PackageWhy(package=name, state=state, units=units, not_selected=not_selected, summary=summary)
 
 
 def _rejecting_rules(conn: Connection, package: int, rules: Mapping[str, list[Any]]) -> dict[str, str]:
