@@ -20,6 +20,7 @@ from wfm.model import (
     CoverageState,
     FailureClass,
     JobStatus,
+    OnStale,
     Report,
     RunState,
     TriggerType,
@@ -113,6 +114,37 @@ def choose_version(
     return max(usable, key=lambda nv: nv[0])[1], ""
 
 
+# --- approval ---
+
+
+class ApprovalLimits(Struct, frozen=True):
+    """How many units, and core-hours, may become stale at once without anybody being asked."""
+
+    units: int = 1000
+    core_hours: float = 100.0
+
+
+class Wish(Struct, frozen=True):
+    """What a step wants since it last changed, and what that made stale.
+
+    Attributes:
+        units: whose result was of another version or config when this was first seen: all of the step, so that it is
+            one answer for all of them. core_hours: that these take, None if nothing is known.
+        approved: somebody said that they may run.
+    """
+
+    units: int
+    core_hours: float | None = None
+    approved: bool = False
+
+
+def needs_approval(wish: Wish, on_stale: OnStale, limits: ApprovalLimits) -> bool:
+    """Whether units that another version or config made stale wait until somebody approves."""
+    if wish.approved:
+        return False
+    return on_stale is OnStale.HOLD or wish.units > limits.units or (wish.core_hours or 0.0) > limits.core_hours
+
+
 # --- gaps ---
 
 
@@ -165,6 +197,10 @@ class GapFacts(Struct, frozen=True):
     cooldown_seconds: float = 0.0
     seconds_since_last_run: float | None = None
     missing_copies: tuple[str, ...] = ()
+    held: str = ""
+    """Stale, with the same raw data, and not approved: why."""
+    revoked: bool = False
+    """The result that the unit has must not be used."""
 
 
 class GapDecision(Struct, frozen=True):
@@ -238,6 +274,8 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}")
     if f.ended and f.ended.state is RunState.CANCELLED:
         return say(CoverageState.BLOCKED, Why.CANCELLED, f"run {f.ended.id}: {f.ended.message}")
+    if f.held and not f.requested:
+        return say(CoverageState.HELD, Why.REVOKED if f.revoked else Why.APPROVAL, f.held)
     if not f.enabled:
         return say(CoverageState.HELD, Why.DISABLED, "the pipeline is disabled")
     if f.paused:

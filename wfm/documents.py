@@ -29,7 +29,7 @@ from wfm.catalogue import LABEL, LABEL_TEXT, PackageIn, emit, lock, target, upse
 from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import PipelineChanged
 from wfm.grouping import unknown
-from wfm.model import ACTIVE_STATES, Resources, TriggerType, VersionPolicy
+from wfm.model import ACTIVE_STATES, OnStale, Resources, TriggerType, VersionPolicy
 from wfm.yamltext import Document, Fault, Path, refuse
 
 Label = Annotated[str, Meta(pattern=LABEL, description=LABEL_TEXT)]
@@ -145,7 +145,11 @@ class Grouping(Struct, frozen=True, kw_only=True):
 
 
 class Step(Struct, frozen=True, kw_only=True):
-    """A reduction step. `retention_days` None keeps results for ever."""
+    """A reduction step. `retention_days` None keeps results for ever.
+
+    Units that another version or config made stale run again, or wait for approval: by `on_stale`, and above these
+    limits (None: those of the settings).
+    """
 
     name: DirectoryName
     description: str = ""
@@ -159,6 +163,9 @@ class Step(Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
     max_retries: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 3
     cooldown_seconds: NotNegative = 0.0
+    on_stale: OnStale = OnStale.RUN
+    approval_units: Annotated[int, Meta(ge=0, le=1 << 53, description="a whole number, not negative")] | None = None
+    approval_core_hours: NotNegative | None = None
     retention_days: NotNegative | None = None
     max_in_flight: Runs | None = None
 
@@ -167,6 +174,7 @@ class Pipeline(Struct, frozen=True, kw_only=True):
     """A pipeline. Where `enabled` is not given it stays as it is; so does `location` (at first, the instance's own).
 
     `weight` is its share of the slots among pipelines of equal priority; `max_in_flight` None sets no limit of its own.
+    `stale_priority`, if given, is that of runs whose raw data have a result already.
     """
 
     name: DirectoryName
@@ -178,6 +186,7 @@ class Pipeline(Struct, frozen=True, kw_only=True):
     priority: Small = 0
     weight: Weight = 1.0
     max_in_flight: Runs | None = None
+    stale_priority: Small | None = None
     steps: tuple[Step, ...]
 
 

@@ -21,20 +21,24 @@ from wfm import grouping
 from wfm.decide import (
     DIGEST_MODULUS,
     ActiveRun,
+    ApprovalLimits,
     EndedRun,
     GapDecision,
     GapFacts,
     SoftwareVersion,
     Upstream,
+    Wish,
     choose_version,
     gap,
     in_place_of_revoked,
+    needs_approval,
     set_digest,
     wanted_digest,
 )
-from wfm.model import FINAL_STATES, Actor, CoverageState, Resources, RunState, TriggerType, VersionPolicy
+from wfm.model import FINAL_STATES, Actor, CoverageState, OnStale, Resources, RunState, TriggerType, VersionPolicy
 from wfm.schema import UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN, Move, Tx, encode, result_hash
+from wfm.views.cost import step_costs
 
 Pair = tuple[int, int]
 """(step id, unit id)"""
@@ -431,12 +435,15 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         SELECT q.step_id, q.unit_id, q.requested, s.name AS step, s.active AS step_active, s.version_policy,
             s.version AS named_version, s.software_id, sw.name AS software, s.resources, s.cooldown_seconds,
             s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
-            p.id AS pipeline_id, p.location_id, p.priority, p.enabled AND p.deleted_at IS NULL AS enabled,
+            s.on_stale, s.approval_units, s.approval_core_hours,
+            p.name AS pipeline, p.id AS pipeline_id, p.location_id, p.priority, p.stale_priority,
+            p.enabled AND p.deleted_at IS NULL AS enabled,
             p.paused_by, p.paused_reason, p.trigger_type,
             u.key AS unit, u.members, u.digest, u.generation, cf.name AS config, cr.id AS config_id,
-            coalesce(cr.hash, '') AS config_hash,
+            cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
-            prev.wanted AS prev_wanted,
+            prev.wanted AS prev_wanted, prev.generation AS prev_generation, coalesce(pc.hash, '') AS prev_config_hash,
+            pv.state = 'revoked' OR coalesce(pc.revoked_by, '') <> '' AS prev_revoked,
             prev.software_version_id AS prev_version_id, prev.config_revision_id AS prev_config_id, prev.id AS prev_id,
             CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
                 WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id)))::float END AS since_last_run,
@@ -444,10 +451,12 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         FROM q JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
         JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
         LEFT JOIN run prev ON prev.id = q.run_id
+        LEFT JOIN software_version pv ON pv.id = prev.software_version_id
+        LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
         LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
         LEFT JOIN config cf ON cf.id = s.config_id
-        LEFT JOIN LATERAL (SELECT id, hash FROM config_revision WHERE config_id = s.config_id AND revoked_by = ''
-            ORDER BY revision DESC LIMIT 1) cr ON true
+        LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision
+            WHERE config_id = s.config_id AND revoked_by = '' ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL (
             SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
                 SELECT us.name AS step, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts
@@ -477,7 +486,90 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             wanted = in_place_of_revoked(wanted, revoked[r.step_id, r.unit_id])
         known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
-    return {pair: _situation(*k, ended.get(pair), revoked[pair]) for pair, k in known.items()}
+    wishes = _wishes(tx, {r.step_id: (v.id, r.config_id) for r, v, _, _, wanted in known.values() if wanted and v})
+    return {
+        pair: _situation(*k, ended.get(pair), revoked[pair], _held(tx, k[0], k[1], wishes, revoked[pair]))
+        for pair, k in known.items()
+    }
+
+
+def _wishes(tx: Tx, wanted: Mapping[int, tuple[int, int | None]]) -> dict[int, Wish]:
+    """By step, since when it wants what it wants now, (version, config revision), and what that made stale.
+
+    Who sees first that it changed counts, for the whole step and for good: so it is one decision for all its units,
+    whatever is evaluated first, and does not turn while some of them get new data.
+    """
+    rows = tx.all(
+        "SELECT DISTINCT ON (step_id) * FROM step_wish WHERE step_id = ANY(:steps) ORDER BY step_id, id DESC",
+        steps=list(wanted),
+    )
+    known = {r.step_id: r for r in rows if (r.software_version_id, r.config_revision_id) == wanted[r.step_id]}
+    new = [step for step in wanted if step not in known]
+    if new:
+        costs = step_costs(tx.conn, new)
+        rows = tx.all(
+            """
+            INSERT INTO step_wish (step_id, software_version_id, config_revision_id, units, core_hours)
+            SELECT w.step_id, w.version_id, w.config_id, n.units, n.units * w.core_hours
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+                AS w(step_id bigint, version_id bigint, config_id bigint, core_hours float8)
+            LEFT JOIN config_revision wc ON wc.id = w.config_id
+            CROSS JOIN LATERAL (
+                SELECT count(*) AS units FROM coverage c JOIN run r ON r.id = c.run_id JOIN unit u ON u.id = c.unit_id
+                LEFT JOIN config_revision rc ON rc.id = r.config_revision_id
+                WHERE c.step_id = w.step_id AND u.members > 0 AND u.generation = r.generation
+                    AND (r.software_version_id, rc.hash) IS DISTINCT FROM (w.version_id, wc.hash)
+                    AND NOT EXISTS (SELECT 1 FROM run o LEFT JOIN config_revision oc ON oc.id = o.config_revision_id
+                        WHERE (o.step_id, o.unit_id, o.generation) = (c.step_id, c.unit_id, u.generation)
+                            AND o.state = 'COMPLETED' AND o.software_version_id = w.version_id
+                            AND oc.hash IS NOT DISTINCT FROM wc.hash)) n
+            ORDER BY w.step_id RETURNING *
+            """,
+            rows=encode(
+                [
+                    {
+                        "step_id": step,
+                        "version_id": wanted[step][0],
+                        "config_id": wanted[step][1],
+                        "core_hours": costs[step].core_hours,
+                    }
+                    for step in new
+                ]
+            ),
+        )
+        known |= {r.step_id: r for r in rows}
+    return {step: Wish(r.units, r.core_hours, r.approved_by != "") for step, r in known.items()}
+
+
+def _reprocessed(r: Any) -> bool:
+    """Whether the unit has a result of the same raw data."""
+    return r.prev_id is not None and r.prev_generation == r.generation
+
+
+def _held(tx: Tx, r: Any, version: SoftwareVersion | None, wishes: Mapping[int, Wish], revoked: Collection[str]) -> str:
+    """Why a stale unit waits for approval; empty if it does not."""
+    wish = wishes.get(r.step_id)
+    if version is None or wish is None or not _reprocessed(r):
+        return ""
+    on_stale, how = OnStale(r.on_stale), f"approve with `wfm approve {r.pipeline}/{r.step}`"
+    changed = []
+    if r.prev_version_id != version.id:
+        changed.append(f"{r.software} {version.version}")
+    if r.prev_config_hash != r.config_hash:
+        changed.append(f"config {r.config} revision {r.config_revision}" if r.config else "no config")
+    if not changed:
+        held = r.prev_wanted in revoked and on_stale is OnStale.HOLD
+        return f"its result was revoked; {how}" if held else ""
+    default = tx.approval
+    limits = ApprovalLimits(
+        default.units if r.approval_units is None else r.approval_units,
+        default.core_hours if r.approval_core_hours is None else r.approval_core_hours,
+    )
+    if not needs_approval(wish, on_stale, limits):
+        return ""
+    units = f"{wish.units} unit{'' if wish.units == 1 else 's'}"
+    cost = "of unknown cost" if wish.core_hours is None else f"about {wish.core_hours:.3g} core-hours"
+    return f"{units}, {cost}, because {' and '.join(changed)} is wanted; {how}"
 
 
 def _config_fault(r: Any) -> str:
@@ -546,6 +638,7 @@ def _situation(
     wanted: str,
     ended: EndedRun | None,
     revoked: Collection[str],
+    held: str,
 ) -> _Situation:
     paused = ""
     for what, by, reason in (
@@ -570,6 +663,8 @@ def _situation(
         requested=r.requested,
         cooldown_seconds=r.cooldown_seconds,
         seconds_since_last_run=r.since_last_run,
+        held=held,
+        revoked=r.prev_revoked or r.prev_wanted in revoked,
     )
     resources = msgspec.convert(r.resources, Resources)
     new_run = {
@@ -582,7 +677,7 @@ def _situation(
         "result": str(result_hash(r.step, r.unit, wanted)),
         "software_version_id": version.id if version else None,
         "config_revision_id": r.config_id,
-        "priority": r.priority,
+        "priority": r.stale_priority if _reprocessed(r) and r.stale_priority is not None else r.priority,
         "cpu": resources.cpu,
         "memory_gb": resources.memory_gb,
     }

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Computed,
     DateTime,
     Double,
     ForeignKey,
@@ -30,7 +31,7 @@ from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.types import UserDefinedType
 
 from wfm.decide import DIGEST_MODULUS
-from wfm.model import FINAL_STATES, CoverageState, ProductType, RunState, TriggerType, VersionPolicy
+from wfm.model import FINAL_STATES, CoverageState, OnStale, ProductType, RunState, TriggerType, VersionPolicy, Why
 
 metadata = MetaData(
     naming_convention={
@@ -303,6 +304,7 @@ pipeline = Table(
     Column("priority", Integer, nullable=False, server_default=text("0")),
     Column("weight", Double, nullable=False, server_default=text("1")),  # its share among those of equal priority
     Column("max_in_flight", Integer),  # None: no limit of its own
+    Column("stale_priority", Integer),  # of runs for data that have a result already; None: the same
     _text("paused_by"),  # empty: not paused
     _text("paused_reason"),
     _time("deleted_at"),
@@ -328,6 +330,9 @@ reduction_step = Table(
     _json("environment"),
     Column("max_retries", Integer, nullable=False, server_default=text("3")),
     Column("cooldown_seconds", Double, nullable=False, server_default=text("0")),
+    _text("on_stale", OnStale.RUN),
+    Column("approval_units", BigInteger),  # None: as the settings say
+    Column("approval_core_hours", Double),
     Column("retention_days", Double),  # None: kept for ever
     Column("max_in_flight", Integer),
     Column("final", Boolean, nullable=False),  # no other step depends on it
@@ -336,6 +341,7 @@ reduction_step = Table(
     _text("paused_reason"),
     UniqueConstraint("pipeline_id", "name"),
     _one_of("version_policy", VersionPolicy),
+    _one_of("on_stale", OnStale),
     CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
     CheckConstraint("max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"),
     CheckConstraint("max_in_flight >= 1", name="share"),
@@ -347,6 +353,23 @@ step_dependency = Table(
     Column("step_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True),
     Column("upstream_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True, index=True),
     CheckConstraint("step_id <> upstream_id", name="not_itself"),
+)
+
+# What a step wants, a row for each time that it changed; the newest counts. Approval is for one row.
+step_wish = Table(
+    "step_wish",
+    metadata,
+    _id(),
+    _ref("step_id", "reduction_step"),
+    _ref("software_version_id", "software_version"),
+    _ref("config_revision_id", "config_revision", null=True),
+    Column("units", BigInteger, nullable=False),  # that it made stale
+    Column("core_hours", Double),  # that these take; None: unknown
+    _text("approved_by"),
+    _text("approved_reason"),
+    _time("approved_at"),
+    _time("created_at", now=True),
+    Index("ix_step_wish_step_id", "step_id", "id"),
 )
 
 # --- units and coverage ---
@@ -428,8 +451,8 @@ SELECT coalesce(sum(n.units), 0)::bigint AS total, coalesce(sum(n.covered), 0)::
     mod(mod(coalesce(sum(n.digest), 0), {DIGEST_MODULUS}) + {DIGEST_MODULUS}, {DIGEST_MODULUS}) AS digest,
     count(*) AS parts
 FROM (
-    SELECT 1 AS units, (c.state = 'covered')::int AS covered, (c.state = 'blocked')::int AS blocked,
-        CASE c.state WHEN 'covered' THEN c.result END AS digest
+    SELECT 1 AS units, c.counts::int AS covered, (c.state = 'blocked')::int AS blocked,
+        CASE WHEN c.counts THEN c.result END AS digest
     FROM (SELECT 1 WHERE us.dims = s.dims) itself LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, u.id)
     UNION ALL
     SELECT t.units, t.covered, t.blocked, t.digest FROM upstream_tally t
@@ -452,6 +475,13 @@ coverage = Table(
     Column("requested", Boolean, nullable=False, server_default=text("false")),  # `wfm trigger` asked for it
     _time("due_at"),  # when the trigger-manager must look again
     _time("updated_at", now=True),
+    # Whether what depends on it may read its accepted result.
+    Column(
+        "counts",
+        Boolean,
+        Computed(f"state = '{CoverageState.COVERED}' OR why = '{Why.APPROVAL}'", persisted=True),
+        nullable=False,
+    ),
     _one_of("state", CoverageState),
     CheckConstraint("state <> 'covered' OR (run_id IS NOT NULL AND result IS NOT NULL)", name="covered_by"),
     Index("ix_coverage_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),

@@ -26,7 +26,7 @@ from sqlalchemy import event as sa_event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from wfm.charts import Chart
-from wfm.decide import MoveFacts, item_hash
+from wfm.decide import ApprovalLimits, MoveFacts, item_hash
 from wfm.errors import NotFoundError, RefusedError
 from wfm.events import TYPES, Event, Message, SlotFreed
 from wfm.model import FINAL_STATES, Actor, FailureClass, JobRef, JobSpec, Role, RunState, TaskKind
@@ -182,13 +182,19 @@ class Tx:
     """One transaction. Everything in it commits together or not at all."""
 
     def __init__(
-        self, conn: Connection, charts: Mapping[int, Chart], republish_seconds: float, outbox_most: int = 10_000
+        self,
+        conn: Connection,
+        charts: Mapping[int, Chart],
+        republish_seconds: float,
+        outbox_most: int = 10_000,
+        approval: ApprovalLimits = ApprovalLimits(),  # noqa: B008 - immutable
     ) -> None:
         self.conn = conn
         self.charts = charts
         self.chart = charts[max(charts)]
         self.republish_seconds = republish_seconds
         self.outbox_most = outbox_most
+        self.approval = approval
         self.outbox: list[Message] = []
         self._published: Counter[str] = Counter()
 
@@ -713,10 +719,12 @@ class Store:
         *,
         republish_seconds: float = 60.0,
         outbox_most: int = 10_000,
+        approval: ApprovalLimits = ApprovalLimits(),  # noqa: B008 - immutable
     ) -> None:
         self.charts = charts
         self.republish_seconds = republish_seconds
         self.outbox_most = outbox_most
+        self.approval = approval
         self.schema = schema
         self.engine = connect(url, schema)
 
@@ -724,7 +732,7 @@ class Store:
     def begin(self) -> Iterator[Tx]:
         """A transaction: commits at the end of the block, rolls back when it raises."""
         with self.engine.begin() as conn:
-            yield Tx(conn, self.charts, self.republish_seconds, self.outbox_most)
+            yield Tx(conn, self.charts, self.republish_seconds, self.outbox_most, self.approval)
 
     def retrying(self, work: Callable[[Tx], T], attempts: int = 8) -> tuple[T, list[Message]]:
         """Run ``work(tx)`` in a transaction, again when it lost a deadlock; returns (value, outbox)."""

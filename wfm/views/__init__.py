@@ -5,6 +5,7 @@ A question costs a fixed number of statements, however many rows it touches. Ans
 search path decides. A name that does not exist is a `NotFoundError` that gives the nearest one.
 """
 
+from wfm.views.approvals import ApprovalLine, approvals
 from wfm.views.cost import Estimate, StepCost, estimate, step_costs
 from wfm.views.coverage import (
     CHANGE,
@@ -54,6 +55,7 @@ __all__ = [
     "MOST_FAULTS",
     "SHOWN",
     "START",
+    "ApprovalLine",
     "Counts",
     "CoverageLine",
     "DeadLetter",
@@ -82,6 +84,7 @@ __all__ = [
     "UpstreamUnit",
     "VerifyReport",
     "WhyLine",
+    "approvals",
     "counts",
     "coverage_summary",
     "dead_letter",

@@ -93,6 +93,9 @@ CHANGE: dict[Why, str] = {
     Why.NO_VERSION: "apply an active version that fits, or change the step's version policy",
     Why.NO_CONFIG: "apply the config with other parameters, or undo a revocation (`wfm revoke config ... --restore`)",
     Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`{cron}",
+    Why.APPROVAL: "`wfm approve {pipeline}/{step}`, or for this one alone `wfm trigger {pipeline}/{step} {unit}`;"
+    " until then its older result counts",
+    Why.REVOKED: "`wfm approve {pipeline}/{step}`; its older result does not count",
     Why.PAUSED: "`wfm resume {paused}`",
     Why.DISABLED: "{enable}",
     Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
@@ -221,12 +224,13 @@ def _upstream(
     rows = _all(
         conn,
         f"""
-        SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE state <> 'covered') AS uncovered,
-            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE state <> 'covered' AND rank <= :first) AS first
+        SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE NOT counts) AS uncovered,
+            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE NOT counts AND rank <= :first) AS first
         FROM (
             SELECT s.id AS step_id, u.id AS unit_id, us.name AS step, l.key AS unit, f.id AS run,
+                coalesce(c.counts, false) AS counts,
                 coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
-                row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.state IS NOT DISTINCT FROM 'covered',
+                row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.counts IS TRUE,
                     c.state IS NOT DISTINCT FROM 'blocked' DESC, us.position, l.key) AS rank
             FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id {_BELOW}
             LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
