@@ -172,11 +172,16 @@ class ActiveRun(Struct, frozen=True):
 
 
 class EndedRun(Struct, frozen=True):
-    """The latest run with the wanted digest that has ended."""
+    """The latest run with the wanted digest that has ended.
+
+    Attributes:
+        failures: attempts that failed with this digest, however often somebody had them repeated.
+    """
 
     id: int
     state: RunState
     message: str
+    failures: int = 0
 
 
 class GapFacts(Struct, frozen=True):
@@ -271,7 +276,8 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
     if f.ended and f.ended.state is RunState.COMPLETED:
         return say(CoverageState.COVERED, Why.COVERED, f"run {f.ended.id}", covered_by=f.ended.id)
     if f.ended and f.ended.state is RunState.FAILED:
-        return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}")
+        often = f" ({f.ended.failures} failures with the same input, version and config)" * (f.ended.failures > 1)
+        return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}{often}")
     if f.ended and f.ended.state is RunState.CANCELLED:
         return say(CoverageState.BLOCKED, Why.CANCELLED, f"run {f.ended.id}: {f.ended.message}")
     if f.held and not f.requested:

@@ -614,7 +614,9 @@ def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
     """The latest ended run with the wanted digest; a completed one before all others, unless its files were purged."""
     rows = tx.all(
         """
-        SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message
+        SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message,
+            CASE r.state WHEN 'FAILED' THEN (SELECT count(*) FROM run f JOIN transition t ON t.run_id = f.id
+                WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND t.trigger = 'fail') ELSE 0 END AS failures
         FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
         JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
         WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn AND NOT (r.state = 'COMPLETED' AND EXISTS (
@@ -627,7 +629,7 @@ def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
         wanted=list(wanted.values()),
         withdrawn=WITHDRAWN,
     )
-    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message) for r in rows}
+    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message, r.failures) for r in rows}
 
 
 def _situation(

@@ -579,6 +579,9 @@ transition = Table(
     Column("chart_version", Integer, nullable=False),
     _text("actor", None),
     _text("reason"),
+    # of the attempt, where it failed
+    _text("failure"),
+    Column("exit_code", Integer),
     _time("at", now=True),
 )
 

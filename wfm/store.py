@@ -312,10 +312,12 @@ class Tx:
     def _write_history(self, rows: str) -> None:
         self.run(
             """
-            INSERT INTO transition (run_id, version, attempt, trigger, source, dest, chart_version, actor, reason)
-            SELECT id, expected + 1, attempt, trigger, source, state, chart_version, actor, reason
+            INSERT INTO transition (run_id, version, attempt, trigger, source, dest, chart_version, actor, reason,
+                failure, exit_code)
+            SELECT id, expected + 1, attempt, trigger, source, state, chart_version, actor, reason,
+                CASE trigger WHEN 'fail' THEN failure ELSE '' END, CASE trigger WHEN 'fail' THEN exit_code END
             FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS m(id bigint, expected int, attempt int, trigger text,
-                source text, state text, chart_version int, actor text, reason text)
+                source text, state text, chart_version int, actor text, reason text, failure text, exit_code int)
             """,
             rows=rows,
         )
@@ -386,6 +388,9 @@ class Tx:
     def create_runs(self, rows: Sequence[Mapping[str, Any]], actor: Actor) -> dict[tuple[int, int], int]:
         """Turn gaps into runs; where a (step, unit) has an active run already, nothing happens.
 
+        One that takes up the digest of a withdrawn run goes on counting its failures: inputs that go back and forth
+        make no endless retries.
+
         Args:
             rows: step_id, unit_id, pipeline_id, location_id, generation, wanted, result, software_version_id,
                 config_revision_id, priority, cpu, memory_gb.
@@ -398,9 +403,13 @@ class Tx:
         made = self.all(
             """
             INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
-                software_version_id, config_revision_id, priority, cpu, memory_gb, state, chart_version, look_again_at)
+                software_version_id, config_revision_id, priority, cpu, memory_gb, state, chart_version,
+                look_again_at, failures)
             SELECT location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
-                config_revision_id, priority, cpu, memory_gb, :initial, :chart, now() + :look * interval '1 s'
+                config_revision_id, priority, cpu, memory_gb, :initial, :chart, now() + :look * interval '1 s',
+                coalesce((SELECT CASE o.failure WHEN :withdrawn THEN o.failures END FROM run o
+                    WHERE (o.step_id, o.unit_id, o.wanted) = (g.step_id, g.unit_id, g.wanted)
+                    ORDER BY o.id DESC LIMIT 1), 0)
             FROM (SELECT g.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
                 step_id bigint, unit_id bigint, generation bigint, wanted text, result numeric,
                 software_version_id bigint, config_revision_id bigint, priority int, cpu float8, memory_gb float8)
@@ -409,6 +418,7 @@ class Tx:
             """,
             rows=encode(rows),
             initial=self.chart.initial,
+            withdrawn=WITHDRAWN,
             chart=self.chart.version,
             look=self.chart.states[self.chart.initial].look_again_after,
         )

@@ -10,6 +10,7 @@ from wfm.views.cost import Estimate, StepCost, estimate, step_costs
 from wfm.views.coverage import (
     CHANGE,
     CoverageLine,
+    FailureLine,
     NotSelected,
     PackageWhy,
     RunBrief,
@@ -65,6 +66,7 @@ __all__ = [
     "EventDetail",
     "EventLine",
     "EventPage",
+    "FailureLine",
     "LineageKind",
     "LineageNode",
     "NotSelected",

@@ -51,6 +51,18 @@ class UpstreamUnit(Struct, frozen=True):
     run: int | None
 
 
+class FailureLine(Struct, frozen=True, kw_only=True):
+    """An attempt that failed. `log` is the last line that its software wrote, where somebody looked."""
+
+    run: int
+    attempt: int
+    failure: str
+    exit_code: int | None
+    message: str
+    at: datetime
+    log: str = ""
+
+
 class WhyLine(Struct, frozen=True, kw_only=True):
     """Why one (step, unit) is as it is, and what would change that.
 
@@ -61,6 +73,8 @@ class WhyLine(Struct, frozen=True, kw_only=True):
         upstream_total, upstream_open: units of the steps it depends on; of these, not covered.
         upstream: what holds it up, the first few: units not covered yet, or those where a failure began, which may
             lie several steps up.
+        failures: how many attempts failed with the inputs, version and config that are wanted now, by all runs, however
+            often they were repeated. last_failures: the newest of them.
         change: one sentence for people.
     """
 
@@ -78,6 +92,8 @@ class WhyLine(Struct, frozen=True, kw_only=True):
     upstream_total: int = 0
     upstream_open: int = 0
     upstream: list[UpstreamUnit] = []
+    failures: int = 0
+    last_failures: list[FailureLine] = []
     change: str = ""
 
 
@@ -207,11 +223,14 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
     waiting = [s for s in found if s.why in (Why.UPSTREAM, Why.UPSTREAM_FAILED)]
     upstream = _upstream(conn, waiting)
     origins = _origins(conn, [s for s in waiting if s.why is Why.UPSTREAM_FAILED])
+    failures = _failures(conn, [s for s in found if s.why in (Why.FAILED, Why.RUN)])
     lines = []
     for s in found:
         total, uncovered, first = upstream.get((s.step_id, s.unit_id), (0, 0, []))
         first = origins.get((s.step_id, s.unit_id), first)
         known = structs.replace(s, upstream_total=total, upstream_open=uncovered, upstream=first)
+        times, last = failures.get((s.step_id, s.unit_id), (0, []))
+        known = structs.replace(known, failures=times, last_failures=last)
         fields = {name: getattr(known, name) for name in WhyLine.__struct_fields__}
         lines.append(WhyLine(**fields | {"change": _change(known)}))
     return lines
@@ -249,6 +268,29 @@ def _upstream(
         )
         for r in rows
     }
+
+
+def _failures(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], tuple[int, list[FailureLine]]]:
+    """By pair: how many attempts failed with the digest that is wanted now, and the last few."""
+    rows = _all(
+        conn,
+        f"""
+        SELECT q.step_id, q.unit_id, f.times, f.last
+        FROM {_PAIRS} JOIN coverage c ON (c.step_id, c.unit_id) = (q.step_id, q.unit_id)
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS times, jsonb_agg(to_jsonb(z) - 'n' ORDER BY n) FILTER (WHERE n <= :first) AS last
+            FROM (
+                SELECT r.id AS run, t.attempt, t.failure, t.exit_code, t.reason AS message, t.at,
+                    row_number() OVER (ORDER BY t.at DESC, r.id DESC, t.version DESC) AS n
+                FROM run r JOIN transition t ON t.run_id = r.id AND t.trigger = 'fail'
+                WHERE (r.step_id, r.unit_id, r.wanted) = (c.step_id, c.unit_id, c.wanted)) z) f
+        WHERE f.times > 0
+        """,
+        steps=[p.step_id for p in pairs],
+        units=[p.unit_id for p in pairs],
+        first=_FIRST,
+    )
+    return {(r["step_id"], r["unit_id"]): (r["times"], msgspec.convert(r["last"], list[FailureLine])) for r in rows}
 
 
 def _origins(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], list[UpstreamUnit]]:
