@@ -227,7 +227,7 @@ def _fold_dims(
                 [{"unit": u, "package": p, "item": str(i)} for u, new in added.items() for p, i in new.items()]
             ),
         )
-    return dict(here), {p: units[key].id for p, (key, _) in target.items()}, changed
+    return dict(here.keys()), {p: units[key].id for p, (key, _) in target.items()}, changed
 
 
 def _fold_edges(
