@@ -17,6 +17,7 @@ from wfm.grouping import unknown
 from wfm.model import Actor, Role, RunState
 from wfm.roles import next_attempt
 from wfm.store import Move, RunRow, Tx, encode
+from wfm.views.approvals import HELD, ApprovalLine, approvals
 
 
 class Moved(Struct, frozen=True):
@@ -146,17 +147,19 @@ def set_enabled(tx: Tx, pipeline: str, enabled: bool, actor: Actor) -> None:
 def trigger(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Actor) -> int:
     """Ask for the gaps of a pipeline (of a step, of a unit) to run now; returns how many (step, unit) were asked for.
 
-    A pipeline with trigger MANUAL runs only so, one with CRON also so. What is covered stays covered.
+    A pipeline with trigger MANUAL runs only so, one with CRON also so. What is covered stays covered; what is held for
+    approval stays held, unless its unit is named.
     """
     row = _pipeline(tx, pipeline, step)
     asked = tx.run(
-        """
+        f"""
         INSERT INTO coverage (step_id, unit_id, state, why, requested, requested_for)
         SELECT s.id, u.id, 'waiting', 'arrivals_not_sorted_yet', true, :by
         FROM reduction_step s JOIN unit u ON u.pipeline_id = s.pipeline_id AND u.dims = s.dims
         WHERE s.pipeline_id = :pipeline AND s.active AND (:step = 0 OR s.id = :step) AND (:unit = '' OR u.key = :unit)
         ORDER BY s.id, u.id ON CONFLICT (step_id, unit_id) DO UPDATE
             SET requested = true, requested_for = excluded.requested_for
+            WHERE :unit <> '' OR coverage.why NOT IN {HELD}
         """,
         by=f"asked for by {actor.name}" + (f": {actor.reason}" if actor.reason else ""),
         pipeline=row.id,
@@ -167,6 +170,39 @@ def trigger(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Ac
         raise NotFoundError(f"pipeline {pipeline!r} has no unit {unit!r}; see `wfm why {pipeline}`")
     _tell(tx, row, actor)
     return asked
+
+
+def approve(tx: Tx, location_id: int, pipeline: str, step: str | None, actor: Actor) -> list[ApprovalLine]:
+    """Let what is stale and held in a pipeline or a step run again; returns what was held.
+
+    Raises:
+        NotFoundError: no such pipeline or step. RefusedError: nothing is held there.
+    """
+    row = _pipeline(tx, pipeline, step)
+    held = approvals(tx.conn, location_id, pipeline, step)
+    if not held:
+        where = f"{pipeline}/{step}" if step else pipeline
+        raise RefusedError(f"nothing is held for approval in {where}; see `wfm approve --list` and `wfm why {where}`")
+    wishes = [a.wish for a in held]
+    tx.run(
+        "UPDATE step_wish SET approved_by = :by, approved_reason = :reason, approved_at = now() WHERE id = ANY(:ids)",
+        by=actor.name,
+        reason=actor.reason,
+        ids=wishes,
+    )
+    # Units that want what they have, but for a revocation: another version or config needs an approval of its own.
+    tx.run(
+        f"""
+        UPDATE coverage c SET requested = true FROM step_wish w, run r
+        WHERE w.id = ANY(:ids) AND c.step_id = w.step_id AND c.why IN {HELD} AND r.id = c.run_id
+            AND (r.software_version_id, r.config_revision_id)
+                IS NOT DISTINCT FROM (w.software_version_id, w.config_revision_id)
+        """,
+        ids=wishes,
+    )
+    what = "; ".join(f"{a.units} units of {a.step} with {a.wanted}" for a in held)
+    _tell(tx, row, Actor(actor.name, f"approved: {what}: {actor.reason}"))
+    return held
 
 
 # --- waivers ---

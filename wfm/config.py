@@ -100,6 +100,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     stream_high_water: Annotated[Count, about("messages a command stream takes; more wait in Postgres")]
     public_stream_max_length: Annotated[Count, about("messages kept in the public stream `events`, about")]
     max_deliveries: Annotated[Count, about("deliveries of a message before it goes to the dead letters")]
+    approval_units: Annotated[
+        int, Meta(ge=0, le=2**31 - 1), about("units of a step that a version, config or revocation reruns unasked")
+    ]
+    approval_core_hours: Annotated[Amount, about("core-hours that it reruns unasked; above, `wfm approve` is needed")]
     max_in_flight: Annotated[Count, about("runs from admission until their job is over: jobs at the backend")]
     max_task_tries: Annotated[Count, about("tries of a task (stage, submit, collect) before its run fails")]
     retry_backoff_seconds: Annotated[Seconds, about("s before the first retry of a run; doubles with each")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
@@ -25,6 +25,7 @@ from wfm.model import (
     FailureClass,
     FanIn,
     JobStatus,
+    OnStale,
     Report,
     RunState,
     Schedule,
@@ -78,6 +79,17 @@ def own_members(fan_in: FanIn, members: int, count: int) -> tuple[int, int]:
     Where a step takes the upstream results that are there, only those do: it does not read data that none covers yet.
     """
     return (members, count) if fan_in is FanIn.ALL else (0, 0)
+
+
+def in_place_of_revoked(wanted: str, revoked: Collection[str]) -> str:
+    """The digest that a run must have where results of some digests were revoked.
+
+    Each revoked digest leads to one other. So the result that takes its place is another one for whatever reads it, and
+    when the revocation is undone, the first result counts again.
+    """
+    while wanted in revoked:
+        wanted = f"{item_hash('in place of', wanted):032x}"
+    return wanted
 
 
 # --- versions ---
@@ -159,6 +171,37 @@ def due_text(schedule: Schedule, due: datetime) -> str:
     return f"{due.astimezone(ZoneInfo(schedule.timezone)):%Y-%m-%d %H:%M} {schedule.timezone} ({utc})"
 
 
+# --- approval ---
+
+
+class ApprovalLimits(Struct, frozen=True):
+    """How many units, and core-hours, may become stale at once without anybody being asked."""
+
+    units: int = 1000
+    core_hours: float = 100.0
+
+
+class Wish(Struct, frozen=True):
+    """What a step wants since it last changed, and what that made stale.
+
+    Attributes:
+        units: whose result was of another version or config when this was first seen: all of the step, so that it is
+            one answer for all of them. core_hours: that these take, None if nothing is known.
+        approved: somebody said that they may run.
+    """
+
+    units: int
+    core_hours: float | None = None
+    approved: bool = False
+
+
+def needs_approval(wish: Wish, on_stale: OnStale, limits: ApprovalLimits) -> bool:
+    """Whether units that another version or config made stale wait until somebody approves."""
+    if wish.approved:
+        return False
+    return on_stale is OnStale.HOLD or wish.units > limits.units or (wish.core_hours or 0.0) > limits.core_hours
+
+
 # --- gaps ---
 
 
@@ -187,12 +230,18 @@ class ActiveRun(Struct, frozen=True):
 
 
 class EndedRun(Struct, frozen=True):
-    """The latest run with the wanted digest that has ended. `missing`: as in `ActiveRun`."""
+    """The latest run with the wanted digest that has ended.
+
+    Attributes:
+        missing: as in `ActiveRun`.
+        failures: attempts that failed with this digest, however often somebody had them repeated.
+    """
 
     id: int
     state: RunState
     message: str
     missing: tuple[str, ...] = ()
+    failures: int = 0
 
 
 class Plan(Struct, frozen=True):
@@ -240,16 +289,22 @@ def cause(
     software: str,
     version: str,
     config: str,
+    revoked: Collection[str] = (),
 ) -> str:
     """Why a unit is a gap: everything that is not as it was for the run it rests on. Arguments as of `wanted_digest`.
 
     Whatever came first, and however many runs were withdrawn since, nothing is left out.
+
+    Args:
+        revoked: digests of the unit whose results were revoked.
     """
     if accepted is None:
         return "no result covers this unit yet"
     causes = []
+    if accepted.wanted in revoked:
+        causes.append("its result was revoked")
     same_otherwise = wanted_digest(members, count, upstream, accepted.software, accepted.version, accepted.config)
-    if same_otherwise != accepted.wanted:
+    if in_place_of_revoked(same_otherwise, set(revoked) - {accepted.wanted}) != accepted.wanted:
         causes.append("newer input")
     if (software, version) != (accepted.software, accepted.version):
         causes.append(f"{software} {version} is wanted now")
@@ -271,6 +326,7 @@ class GapFacts(Struct, frozen=True):
     members: int
     wanted: str
     version_fault: str = ""
+    config_fault: str = ""
     upstream: tuple[Upstream, ...] = ()
     fan_in: FanIn = FanIn.ALL
     accepted_results: int = 0
@@ -290,6 +346,10 @@ class GapFacts(Struct, frozen=True):
     settling_seconds: float = 0.0
     missing_copies: tuple[str, ...] = ()
     plan: Plan | None = None
+    held: str = ""
+    """Stale, with the same raw data, and not approved: why."""
+    revoked: bool = False
+    """The result that the unit has must not be used."""
 
 
 class GapDecision(Struct, frozen=True):
@@ -390,6 +450,8 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return waits
     if f.version_fault:
         return say(CoverageState.BLOCKED, Why.NO_VERSION, f.version_fault)
+    if f.config_fault:
+        return say(CoverageState.BLOCKED, Why.NO_CONFIG, f.config_fault)
     if f.ended and f.ended.state is RunState.COMPLETED:
         return say(
             CoverageState.COVERED,
@@ -398,9 +460,12 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
             covered_by=f.ended.id,
         )
     if f.ended and f.ended.state is RunState.FAILED:
-        return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}")
+        often = f" ({f.ended.failures} failures with the same input, version and config)" * (f.ended.failures > 1)
+        return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}{often}")
     if f.ended and f.ended.state is RunState.CANCELLED:
         return say(CoverageState.BLOCKED, Why.CANCELLED, f"run {f.ended.id}: {f.ended.message}")
+    if f.held and not f.requested:
+        return say(CoverageState.HELD, Why.REVOKED if f.revoked else Why.APPROVAL, f.held)
     if not f.enabled:
         return say(CoverageState.HELD, Why.DISABLED, "the pipeline is disabled")
     if f.paused:

@@ -31,7 +31,7 @@ from wfm.decide import schedule_faults
 from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import PipelineChanged
 from wfm.grouping import unknown
-from wfm.model import ACTIVE_STATES, FanIn, Resources, Schedule, TriggerType, VersionPolicy
+from wfm.model import ACTIVE_STATES, FanIn, OnStale, Resources, Schedule, TriggerType, VersionPolicy
 from wfm.yamltext import Document, Fault, Path, refuse
 
 Label = Annotated[str, Meta(pattern=LABEL, description=LABEL_TEXT)]
@@ -172,6 +172,8 @@ class Step(Struct, frozen=True, kw_only=True):
         settle_seconds: a unit runs when what it reads has not changed for so long; at most `settle_at_most_seconds`
             after it could have run (None: ten times as long).
         retention_days: None keeps results for ever.
+        on_stale: what becomes of units that another version or config made stale.
+        approval_units, approval_core_hours: limits above which these wait for approval; None: those of the settings.
     """
 
     name: DirectoryName
@@ -189,6 +191,9 @@ class Step(Struct, frozen=True, kw_only=True):
     cooldown_seconds: NotNegative = 0.0
     settle_seconds: NotNegative = 0.0
     settle_at_most_seconds: NotNegative | None = None
+    on_stale: OnStale = OnStale.RUN
+    approval_units: Annotated[int, Meta(ge=0, le=1 << 53, description="a whole number, not negative")] | None = None
+    approval_core_hours: NotNegative | None = None
     retention_days: NotNegative | None = None
     max_in_flight: Runs | None = None
 
@@ -197,6 +202,7 @@ class Pipeline(Struct, frozen=True, kw_only=True):
     """A pipeline. Where `enabled` is not given it stays as it is; so does `location` (at first, the instance's own).
 
     `weight` is its share of the slots among pipelines of equal priority; `max_in_flight` None sets no limit of its own.
+    `stale_priority`, if given, is that of runs whose raw data have a result already.
     """
 
     name: DirectoryName
@@ -209,6 +215,7 @@ class Pipeline(Struct, frozen=True, kw_only=True):
     priority: Small = 0
     weight: Weight = 1.0
     max_in_flight: Runs | None = None
+    stale_priority: Small | None = None
     steps: tuple[Step, ...]
 
 
@@ -514,7 +521,8 @@ def _read_versions(conn: Connection, software: _Things) -> None:
 def _read_parameters(conn: Connection, configs: _Things) -> None:
     table = schema.config_revision
     other = table.alias()
-    newest = select(func.max(other.c.revision)).where(other.c.config_id == table.c.config_id).scalar_subquery()
+    counts = (other.c.config_id == table.c.config_id) & (other.c.revoked_by == "")
+    newest = select(func.max(other.c.revision)).where(counts).scalar_subquery()
     rows = select(table.c.config_id, table.c.parameters).where(
         table.c.config_id.in_(configs), table.c.revision == newest
     )
@@ -622,6 +630,7 @@ def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_
         ("site", _site_faults),
         ("location", _location_faults),
         ("software", _version_faults),
+        ("config", _config_faults),
         ("pipeline", _pipeline_faults),
     ):
         faults += check(conn, [c for c in compared if c.document.kind == kind], planned)
@@ -741,6 +750,26 @@ def _version_faults(conn: Connection, software: Sequence[_Compared], _: _Planned
                     f"version {v.version} of {c.change.name!r} has been used by a run: its {', '.join(changed)}"
                     " cannot change any more; give a new version",
                 )
+
+
+def _config_faults(conn: Connection, configs: Sequence[_Compared], _: _Planned) -> Iterator[Fault]:
+    """What was revoked does not come back under another number."""
+    revision = schema.config_revision.c
+    for c in configs:
+        if not c.document.sound:
+            continue
+        same = select(revision.revision, revision.revoked_by, revision.revoked_reason).where(
+            revision.config_id == schema.config.c.id,
+            schema.config.c.name == c.change.name,
+            revision.hash == _parameters_hash(c.new["parameters"]),
+            revision.revoked_by != "",
+        )
+        for n, by, reason in conn.execute(same.order_by(revision.revision.desc()).limit(1)):
+            yield c.document.fault(
+                ("parameters",),
+                f"these parameters of {c.change.name!r} are those of revision {n}, revoked by {by}: {reason};"
+                f" `wfm revoke config {c.change.name} {n} --restore` undoes that",
+            )
 
 
 def _pipeline_faults(conn: Connection, pipelines: Sequence[_Compared], planned: _Planned) -> Iterator[Fault]:
@@ -865,16 +894,20 @@ def _values(
 
 def _write_revision(conn: Connection, config_id: int, parameters: Mapping[str, Any]) -> None:
     table = schema.config_revision
-    text = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
     last = select(func.coalesce(func.max(table.c.revision), 0) + 1).where(table.c.config_id == config_id)
     conn.execute(
         insert(table).values(
             config_id=config_id,
             revision=last.scalar_subquery(),
             parameters=parameters,
-            hash=hashlib.sha256(text.encode()).hexdigest(),
+            hash=_parameters_hash(parameters),
         )
     )
+
+
+def _parameters_hash(parameters: Mapping[str, Any]) -> str:
+    text = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_steps(conn: Connection, pipeline_id: int, steps: Sequence[Mapping[str, Any]]) -> None:

@@ -195,6 +195,10 @@ class RunCancelled(RunEvent, frozen=True, tag="run.cancelled", kw_only=True):
     """The run was cancelled or withdrawn."""
 
 
+class RunRevoked(RunEvent, frozen=True, tag="run.revoked", kw_only=True):
+    """A product of the run was revoked, so that its result does not count any more; or this was undone."""
+
+
 AnyEvent = (
     DataArrived
     | PipelineChanged
@@ -214,6 +218,7 @@ AnyEvent = (
     | RunCollected
     | RunFailed
     | RunCancelled
+    | RunRevoked
 )
 
 TYPES: dict[str, type[AnyEvent]] = {str(t.__struct_config__.tag): t for t in AnyEvent.__args__}
@@ -225,6 +230,7 @@ ENTRANCES: dict[str, Role] = {
     "data.arrived": Role.TRIGGER_MANAGER,
     "pipeline.changed": Role.TRIGGER_MANAGER,
     "slot.freed": Role.WORKFLOW_MANAGER,
+    "run.revoked": Role.TRIGGER_MANAGER,
 }
 """Recipients of the events that no statechart emits."""
 

@@ -11,7 +11,7 @@ messages. An event only says where to look first. Three functions, all set-based
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,16 +23,20 @@ from wfm.decide import (
     DIGEST_MODULUS,
     AcceptedRun,
     ActiveRun,
+    ApprovalLimits,
     EndedRun,
     GapDecision,
     GapFacts,
     SoftwareVersion,
     Upstream,
+    Wish,
     cause,
     choose_version,
     due_text,
     due_times,
     gap,
+    in_place_of_revoked,
+    needs_approval,
     own_members,
     set_digest,
     wanted_digest,
@@ -42,6 +46,7 @@ from wfm.model import (
     Actor,
     CoverageState,
     FanIn,
+    OnStale,
     Resources,
     RunState,
     Schedule,
@@ -51,6 +56,7 @@ from wfm.model import (
 )
 from wfm.schema import UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN, Move, Tx, encode, result_hash
+from wfm.views.cost import step_costs
 
 Pair = tuple[int, int]
 """(step id, unit id)"""
@@ -239,7 +245,7 @@ def _fold_dims(
                 [{"unit": u, "package": p, "item": str(i)} for u, new in added.items() for p, i in new.items()]
             ),
         )
-    return dict(here), {p: units[key].id for p, (key, _) in target.items()}, changed
+    return dict(here.keys()), {p: units[key].id for p, (key, _) in target.items()}, changed
 
 
 def _fold_edges(
@@ -289,8 +295,11 @@ class Evaluated(Struct):
     changed: int = 0
 
 
-def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor) -> Evaluated:
-    """Decide for each pair what coverage says, start the runs that follow, and go on to what depends on them."""
+def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor, in_time: Callable[[], object] = lambda: None) -> Evaluated:
+    """Decide for each pair what coverage says, start the runs that follow, and go on to what depends on them.
+
+    `in_time` is called from time to time; what it raises ends the evaluation.
+    """
     done = Evaluated()
     positions = {r.id: r.position for r in tx.all("SELECT id, position FROM reduction_step")}
     waiting: dict[int, set[Pair]] = defaultdict(set)
@@ -300,6 +309,7 @@ def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor) -> Evaluated:
     while waiting:
         wave = sorted(waiting.pop(min(waiting)))
         for start in range(0, len(wave), CHUNK):
+            in_time()
             changed = _evaluate(tx, wave[start : start + CHUNK], actor, done)
             done.changed += len(changed)
             for pair in pairs_below(tx, changed):
@@ -466,7 +476,7 @@ class _Situation(Struct, frozen=True):
 
 
 def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
-    """Everything `decide.gap` looks at, in three statements; locks the coverage rows."""
+    """Everything `decide.gap` looks at, in few statements; locks the coverage rows."""
     final = "('" + "','".join(sorted(FINAL_STATES)) + "')"
     rows = tx.all(
         f"""
@@ -479,14 +489,20 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         SELECT q.step_id, q.unit_id, q.requested, q.requested_for, s.name AS step, s.active AS step_active,
             s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
             s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
-            p.id AS pipeline_id, p.location_id, p.priority, p.enabled AND p.deleted_at IS NULL AS enabled,
+            s.on_stale, s.approval_units, s.approval_core_hours,
+            p.name AS pipeline, p.id AS pipeline_id, p.location_id, p.priority, p.stale_priority,
+            p.enabled AND p.deleted_at IS NULL AS enabled,
             p.paused_by, p.paused_reason, p.trigger_type, p.trigger_config, now() AS now,
-            u.key AS unit, u.members, u.digest, u.generation, cr.id AS config_id, coalesce(cr.hash, '') AS config_hash,
+            u.key AS unit, u.members, u.digest, u.generation, cf.name AS config, cr.id AS config_id,
+            cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
-            prev.wanted AS prev_wanted, psw.name AS prev_software, pv.version AS prev_version,
+            prev.id AS prev_id, prev.wanted AS prev_wanted, prev.generation AS prev_generation,
+            prev.software_version_id AS prev_version_id, psw.name AS prev_software, pv.version AS prev_version,
+            coalesce(pc.hash, '') AS prev_config_hash,
+            pv.state = 'revoked' OR coalesce(pc.revoked_by, '') <> '' AS prev_revoked,
             s.fan_in, CASE WHEN s.fan_in <> 'all' THEN
                 (SELECT sum((x ->> 'read')::int) FROM jsonb_array_elements(prev.upstream) x) END AS accepted_results,
-            coalesce(pcr.hash, '') AS prev_config, q.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
+            q.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
             extract(epoch FROM now() - q.wanted_since)::float AS quiet_seconds,
             extract(epoch FROM now() - q.settling_since)::float AS settling_seconds,
             CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
@@ -497,10 +513,11 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
         LEFT JOIN run prev ON prev.id = q.run_id LEFT JOIN software_version pv ON pv.id = prev.software_version_id
         LEFT JOIN software psw ON psw.id = pv.software_id
-        LEFT JOIN config_revision pcr ON pcr.id = prev.config_revision_id
+        LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
         LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
-        LEFT JOIN LATERAL (SELECT id, hash FROM config_revision WHERE config_id = s.config_id
-            ORDER BY revision DESC LIMIT 1) cr ON true
+        LEFT JOIN config cf ON cf.id = s.config_id
+        LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision
+            WHERE config_id = s.config_id AND revoked_by = '' ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL (
             SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
                 SELECT us.name AS step, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts
@@ -519,17 +536,20 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         ids=sorted({r.software_id for r in rows}),
     ):
         versions[v.software_id].append(SoftwareVersion(v.id, v.version, v.state))
+    revoked = revoked_results(tx, pairs)
     known = {}
     for r in rows:
         version, fault = choose_version(VersionPolicy(r.version_policy), r.named_version, versions[r.software_id])
         upstream = tuple(msgspec.convert(z, Upstream, strict=False) for z in r.upstream or ())
         by_step = {u.step: u.digest for u in upstream}
         wanted = ""
-        if version:
+        if version and not _config_fault(r):
             own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
             wanted = wanted_digest(*own, by_step, r.software, version.version, r.config_hash)
+            wanted = in_place_of_revoked(wanted, revoked[r.step_id, r.unit_id])
         known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
+    wishes = _wishes(tx, {r.step_id: (v.id, r.config_id) for r, v, _, _, wanted in known.values() if wanted and v})
 
     @cache
     def not_due(cron: str, timezone: str) -> str:
@@ -540,7 +560,116 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         schedule = msgspec.convert(r.trigger_config, Schedule)
         return not_due(schedule.cron, schedule.timezone) if r.trigger_type == TriggerType.CRON else ""
 
-    return {pair: _situation(*k, ended.get(pair), next_time(k[0])) for pair, k in known.items()}
+    return {
+        pair: _situation(
+            *k,
+            ended.get(pair),
+            next_time(k[0]),
+            revoked[pair],
+            _held(tx, k[0], k[1], wishes, revoked[pair]),
+        )
+        for pair, k in known.items()
+    }
+
+
+def _wishes(tx: Tx, wanted: Mapping[int, tuple[int, int | None]]) -> dict[int, Wish]:
+    """By step, since when it wants what it wants now, (version, config revision), and what that made stale.
+
+    Who sees first that it changed counts, for the whole step and for good: so it is one decision for all its units,
+    whatever is evaluated first, and does not turn while some of them get new data.
+    """
+    rows = tx.all(
+        "SELECT DISTINCT ON (step_id) * FROM step_wish WHERE step_id = ANY(:steps) ORDER BY step_id, id DESC",
+        steps=list(wanted),
+    )
+    known = {r.step_id: r for r in rows if (r.software_version_id, r.config_revision_id) == wanted[r.step_id]}
+    new = [step for step in wanted if step not in known]
+    if new:
+        costs = step_costs(tx.conn, new)
+        rows = tx.all(
+            """
+            INSERT INTO step_wish (step_id, software_version_id, config_revision_id, units, core_hours)
+            SELECT w.step_id, w.version_id, w.config_id, n.units, n.units * w.core_hours
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+                AS w(step_id bigint, version_id bigint, config_id bigint, core_hours float8)
+            LEFT JOIN config_revision wc ON wc.id = w.config_id
+            CROSS JOIN LATERAL (
+                SELECT count(*) AS units FROM coverage c JOIN run r ON r.id = c.run_id JOIN unit u ON u.id = c.unit_id
+                LEFT JOIN config_revision rc ON rc.id = r.config_revision_id
+                WHERE c.step_id = w.step_id AND u.members > 0 AND u.generation = r.generation
+                    AND (r.software_version_id, rc.hash) IS DISTINCT FROM (w.version_id, wc.hash)
+                    AND NOT EXISTS (SELECT 1 FROM run o LEFT JOIN config_revision oc ON oc.id = o.config_revision_id
+                        WHERE (o.step_id, o.unit_id, o.generation) = (c.step_id, c.unit_id, u.generation)
+                            AND o.state = 'COMPLETED' AND o.software_version_id = w.version_id
+                            AND oc.hash IS NOT DISTINCT FROM wc.hash)) n
+            ORDER BY w.step_id RETURNING *
+            """,
+            rows=encode(
+                [
+                    {
+                        "step_id": step,
+                        "version_id": wanted[step][0],
+                        "config_id": wanted[step][1],
+                        "core_hours": costs[step].core_hours,
+                    }
+                    for step in new
+                ]
+            ),
+        )
+        known |= {r.step_id: r for r in rows}
+    return {step: Wish(r.units, r.core_hours, r.approved_by != "") for step, r in known.items()}
+
+
+def _reprocessed(r: Any) -> bool:
+    """Whether the unit has a result of the same raw data."""
+    return r.prev_id is not None and r.prev_generation == r.generation
+
+
+def _held(tx: Tx, r: Any, version: SoftwareVersion | None, wishes: Mapping[int, Wish], revoked: Collection[str]) -> str:
+    """Why a stale unit waits for approval; empty if it does not."""
+    wish = wishes.get(r.step_id)
+    if version is None or wish is None or not _reprocessed(r):
+        return ""
+    on_stale, how = OnStale(r.on_stale), f"approve with `wfm approve {r.pipeline}/{r.step}`"
+    changed = []
+    if r.prev_version_id != version.id:
+        changed.append(f"{r.software} {version.version}")
+    if r.prev_config_hash != r.config_hash:
+        changed.append(f"config {r.config} revision {r.config_revision}" if r.config else "no config")
+    if not changed:
+        held = r.prev_wanted in revoked and on_stale is OnStale.HOLD
+        return f"its result was revoked; {how}" if held else ""
+    default = tx.approval
+    limits = ApprovalLimits(
+        default.units if r.approval_units is None else r.approval_units,
+        default.core_hours if r.approval_core_hours is None else r.approval_core_hours,
+    )
+    if not needs_approval(wish, on_stale, limits):
+        return ""
+    units = f"{wish.units} unit{'' if wish.units == 1 else 's'}"
+    cost = "of unknown cost" if wish.core_hours is None else f"about {wish.core_hours:.3g} core-hours"
+    return f"{units}, {cost}, because {' and '.join(changed)} is wanted; {how}"
+
+
+def _config_fault(r: Any) -> str:
+    return f"every revision of config {r.config} is revoked" if r.config and r.config_id is None else ""
+
+
+def revoked_results(tx: Tx, pairs: Collection[Pair]) -> Mapping[Pair, set[str]]:
+    """By pair, the digests whose result must not be used: a product of the run that made it is revoked."""
+    found: dict[Pair, set[str]] = defaultdict(set)
+    for r in tx.all(
+        """
+        SELECT DISTINCT r.step_id, r.unit_id, r.wanted
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
+        JOIN run r ON (r.step_id, r.unit_id) = (q.s, q.u) JOIN data_product d ON d.run_id = r.id
+        WHERE d.revoked_by <> ''
+        """,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
+    ):
+        found[r.step_id, r.unit_id].add(r.wanted)
+    return found
 
 
 def _sum_up(tx: Tx, units: Sequence[int]) -> None:
@@ -564,7 +693,9 @@ def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
     """The latest ended run with the wanted digest; a completed one before all others, unless its files were purged."""
     rows = tx.all(
         """
-        SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message
+        SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message,
+            CASE r.state WHEN 'FAILED' THEN (SELECT count(*) FROM run f JOIN transition t ON t.run_id = f.id
+                WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND t.trigger = 'fail') ELSE 0 END AS failures
         FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
         JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
         WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn AND NOT (r.state = 'COMPLETED' AND EXISTS (
@@ -577,7 +708,7 @@ def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
         wanted=list(wanted.values()),
         withdrawn=WITHDRAWN,
     )
-    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message) for r in rows}
+    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message, r.failures) for r in rows}
 
 
 def _situation(
@@ -588,6 +719,8 @@ def _situation(
     wanted: str,
     ended: EndedRun | None,
     not_due: str,
+    revoked: Collection[str],
+    held: str,
 ) -> _Situation:
     paused = ""
     for what, by, reason in (
@@ -602,6 +735,7 @@ def _situation(
         members=r.members,
         wanted=wanted,
         version_fault=fault,
+        config_fault=_config_fault(r),
         upstream=upstream,
         fan_in=FanIn(r.fan_in),
         accepted_results=r.accepted_results or 0,
@@ -619,6 +753,8 @@ def _situation(
         settle_at_most_seconds=10 * r.settle_seconds if r.settle_at_most_seconds is None else r.settle_at_most_seconds,
         quiet_seconds=(r.quiet_seconds or 0.0) if wanted == r.known_wanted else 0.0,
         settling_seconds=r.settling_seconds or 0.0,
+        held=held,
+        revoked=r.prev_revoked or r.prev_wanted in revoked,
     )
     resources = msgspec.convert(r.resources, Resources)
     new_run = {
@@ -631,14 +767,14 @@ def _situation(
         "result": str(result_hash(r.step, r.unit, wanted)),
         "software_version_id": version.id if version else None,
         "config_revision_id": r.config_id,
-        "priority": r.priority,
+        "priority": r.stale_priority if _reprocessed(r) and r.stale_priority is not None else r.priority,
         "cpu": resources.cpu,
         "memory_gb": resources.memory_gb,
     }
-    accepted = r.prev_wanted and AcceptedRun(r.prev_wanted, r.prev_software, r.prev_version, r.prev_config)
+    accepted = r.prev_wanted and AcceptedRun(r.prev_wanted, r.prev_software, r.prev_version, r.prev_config_hash)
     own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
     now_wanted = (*own, by_step, r.software, version.version if version else "", r.config_hash)
-    why = cause(accepted, *now_wanted)
+    why = cause(accepted, *now_wanted, revoked=revoked)
     if r.requested_for and (r.requested or r.active_id):
         why += f"; {r.requested_for}"
     return _Situation(facts, why, new_run)

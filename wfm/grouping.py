@@ -500,11 +500,11 @@ def select_packages(
 
     Returns:
         Columns ``id`` and ``item`` of raw_data_package, then one text per dimension in canonical order, named by
-        `label`. A package comes once or not at all.
+        `label`. A package comes once or not at all; a revoked one not at all.
     """
     found = _dimensions(dims)
     columns = {name: d.value for name, d in found.items()}
-    conditions = [condition(rule) for rule in rules]
+    conditions = [raw_data_package.c.revoked_by == "", *(condition(rule) for rule in rules)]
     if package_ids is not None:
         conditions.append(raw_data_package.c.id == any_(literal(list(package_ids), ARRAY(BigInteger))))
     if values is not None:

@@ -187,7 +187,7 @@ def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
         FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN unit u ON u.id = r.unit_id
         JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
         CROSS JOIN LATERAL ({UNITS_INSIDE}) l
-        JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'covered'
+        JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.counts
         JOIN run cr ON cr.id = c.run_id
         WHERE r.id = ANY(:ids)
         """,

@@ -67,8 +67,13 @@ class Why(StrEnum):
     SETTLING = "settling"
     NO_COPY = "no_reachable_copy"
     NO_VERSION = "no_usable_software_version"
+    NO_CONFIG = "no_usable_config"
     MANUAL = "manual_only"
     NOT_DUE = "not_due"
+    APPROVAL = "held_for_approval"
+    """Stale, and too much to do unasked: the older result counts until somebody approves."""
+    REVOKED = "revoked_and_held_for_approval"
+    """The same, but the older result was revoked: nothing counts."""
     PAUSED = "paused"
     DISABLED = "disabled"
     FAILED = "failed"
@@ -107,6 +112,15 @@ class Schedule(Struct, frozen=True, omit_defaults=True):
 
     cron: str = ""
     timezone: str = "UTC"
+
+
+class OnStale(StrEnum):
+    """What becomes of units that another version or config, or a revocation, made stale."""
+
+    RUN = "run"
+    """They run again; above a limit they wait until somebody approves."""
+    HOLD = "hold"
+    """They always wait until somebody approves."""
 
 
 class VersionPolicy(StrEnum):

@@ -33,6 +33,7 @@ from wfm.decide import (
     admit,
     due_text,
     due_times,
+    in_place_of_revoked,
     own_members,
     wanted_digest,
 )
@@ -542,12 +543,16 @@ class WorkflowManager(_Quiet):
         tx.move(moves)
 
     def _pin_inputs(self, tx: Tx, ids: Sequence[int]) -> set[int]:
-        """Link the upstream results that runs read; returns the runs whose wanted digest these no longer give."""
+        """Link the upstream results that runs read; returns the runs that are not wanted any more.
+
+        These no longer give their digest, or something they would use was revoked.
+        """
         link_upstream(tx, ids)
         rows = tx.all(
             """
-            SELECT r.id, r.wanted, s.fan_in, u.digest, u.members, sw.name AS software, sv.version,
-                coalesce(cr.hash, '') AS config, us.name AS step,
+            SELECT r.id, r.step_id, r.unit_id, r.wanted, s.fan_in, u.digest, u.members, sw.name AS software, sv.version,
+                coalesce(cr.hash, '') AS config, sv.state = 'revoked' OR cr.revoked_by <> '' AS revoked,
+                us.name AS step,
                 (SELECT coalesce(sum(ur.result), 0) % :modulus
                     FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id
                     WHERE i.run_id = r.id AND ur.step_id = us.id) AS results
@@ -564,18 +569,14 @@ class WorkflowManager(_Quiet):
         for r in rows:
             if r.step is not None:
                 upstream[r.id][r.step] = int(r.results)
-        return {
-            r.id
-            for r in rows
-            if r.wanted
-            != wanted_digest(
-                *own_members(FanIn(r.fan_in), int(r.digest), r.members),
-                upstream[r.id],
-                r.software,
-                r.version,
-                r.config,
-            )
-        }
+        revoked = gaps.revoked_results(tx, [(r.step_id, r.unit_id) for r in rows])
+
+        def wanted(r: Any) -> str:
+            own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
+            now = wanted_digest(*own, upstream[r.id], r.software, r.version, r.config)
+            return in_place_of_revoked(now, revoked[r.step_id, r.unit_id])
+
+        return {r.id for r in rows if r.revoked or wanted(r) != r.wanted}
 
 
 def _pause(row: Any) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Computed,
     DateTime,
     Double,
     ForeignKey,
@@ -30,7 +31,17 @@ from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.types import UserDefinedType
 
 from wfm.decide import DIGEST_MODULUS
-from wfm.model import FINAL_STATES, CoverageState, FanIn, ProductType, RunState, TriggerType, VersionPolicy
+from wfm.model import (
+    FINAL_STATES,
+    CoverageState,
+    FanIn,
+    OnStale,
+    ProductType,
+    RunState,
+    TriggerType,
+    VersionPolicy,
+    Why,
+)
 
 metadata = MetaData(
     naming_convention={
@@ -74,6 +85,11 @@ def _time(name: str, *, now: bool = False) -> Column[object]:
 
 def _json(name: str, default: str = "{}") -> Column[object]:
     return Column(name, JSONB, nullable=False, server_default=text(f"'{default}'"))
+
+
+def _revoked() -> tuple[Column[str], Column[str]]:
+    """Who says that a thing must not be used, and why; empty: it may."""
+    return _text("revoked_by"), _text("revoked_reason")
 
 
 def _one_of(column: str, values: object) -> CheckConstraint:
@@ -211,6 +227,7 @@ raw_data_package = Table(
     Column("size", BigInteger, nullable=False),
     _digest("item"),  # hash of name and file checksums; the package's term in a unit's digest
     _json("metadata"),
+    *_revoked(),  # beside `state`, which whoever registers the package says anew
     _time("registered_at", now=True),
     _one_of("state", ("waiting", "transferring", "archived", "failed")),
     CheckConstraint("size >= 0", name="size"),
@@ -283,6 +300,7 @@ software_version = Table(
     _text("image"),
     _text("sif"),
     _text("state", "active"),
+    *_revoked(),  # who deprecated or revoked it by `wfm revoke`
     _time("created_at", now=True),
     _one_of("state", ("active", "deprecated", "revoked")),
     UniqueConstraint("software_id", "version"),
@@ -290,7 +308,7 @@ software_version = Table(
 
 config = Table("config", metadata, _id(), Column("name", Text, nullable=False, unique=True), _text("description"))
 
-# Immutable: changed parameters make a new revision, the newest one counts.
+# Immutable: changed parameters make a new revision; the newest one that is not revoked counts.
 config_revision = Table(
     "config_revision",
     metadata,
@@ -299,6 +317,7 @@ config_revision = Table(
     Column("revision", Integer, nullable=False),
     _json("parameters"),
     _text("hash", None),
+    *_revoked(),
     _time("created_at", now=True),
     UniqueConstraint("config_id", "revision"),
 )
@@ -326,6 +345,7 @@ pipeline = Table(
     Column("priority", Integer, nullable=False, server_default=text("0")),
     Column("weight", Double, nullable=False, server_default=text("1")),  # its share among those of equal priority
     Column("max_in_flight", Integer),  # None: no limit of its own
+    Column("stale_priority", Integer),  # of runs for data that have a result already; None: the same
     _text("paused_by"),  # empty: not paused
     _text("paused_reason"),
     _time("deleted_at"),
@@ -364,6 +384,9 @@ reduction_step = Table(
     Column("cooldown_seconds", Double, nullable=False, server_default=text("0")),
     Column("settle_seconds", Double, nullable=False, server_default=text("0")),
     Column("settle_at_most_seconds", Double),  # None: ten times as long as settle_seconds
+    _text("on_stale", OnStale.RUN),
+    Column("approval_units", BigInteger),  # None: as the settings say
+    Column("approval_core_hours", Double),
     Column("retention_days", Double),  # None: kept for ever
     Column("max_in_flight", Integer),
     Column("final", Boolean, nullable=False),  # no other step depends on it
@@ -373,6 +396,7 @@ reduction_step = Table(
     UniqueConstraint("pipeline_id", "name"),
     _one_of("version_policy", VersionPolicy),
     _one_of("fan_in", FanIn),
+    _one_of("on_stale", OnStale),
     CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
     CheckConstraint("max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"),
     CheckConstraint("max_in_flight >= 1", name="share"),
@@ -385,6 +409,23 @@ step_dependency = Table(
     Column("step_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True),
     Column("upstream_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True, index=True),
     CheckConstraint("step_id <> upstream_id", name="not_itself"),
+)
+
+# What a step wants, a row for each time that it changed; the newest counts. Approval is for one row.
+step_wish = Table(
+    "step_wish",
+    metadata,
+    _id(),
+    _ref("step_id", "reduction_step"),
+    _ref("software_version_id", "software_version"),
+    _ref("config_revision_id", "config_revision", null=True),
+    Column("units", BigInteger, nullable=False),  # that it made stale
+    Column("core_hours", Double),  # that these take; None: unknown
+    _text("approved_by"),
+    _text("approved_reason"),
+    _time("approved_at"),
+    _time("created_at", now=True),
+    Index("ix_step_wish_step_id", "step_id", "id"),
 )
 
 # --- units and coverage ---
@@ -466,8 +507,8 @@ SELECT coalesce(sum(n.units), 0)::bigint AS total, coalesce(sum(n.covered), 0)::
     mod(mod(coalesce(sum(n.digest), 0), {DIGEST_MODULUS}) + {DIGEST_MODULUS}, {DIGEST_MODULUS}) AS digest,
     count(*) AS parts
 FROM (
-    SELECT 1 AS units, (c.state = 'covered')::int AS covered, (c.state = 'blocked')::int AS blocked,
-        CASE c.state WHEN 'covered' THEN c.result END AS digest
+    SELECT 1 AS units, c.counts::int AS covered, (c.state = 'blocked')::int AS blocked,
+        CASE WHEN c.counts THEN c.result END AS digest
     FROM (SELECT 1 WHERE us.dims = s.dims) itself LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, u.id)
     UNION ALL
     SELECT t.units, t.covered, t.blocked, t.digest FROM upstream_tally t
@@ -493,6 +534,13 @@ coverage = Table(
     _text("requested_for"),  # who asked, or which time of a schedule
     _time("due_at"),  # when the trigger-manager must look again
     _time("updated_at", now=True),
+    # Whether what depends on it may read its accepted result.
+    Column(
+        "counts",
+        Boolean,
+        Computed(f"state = '{CoverageState.COVERED}' OR why = '{Why.APPROVAL}'", persisted=True),
+        nullable=False,
+    ),
     _one_of("state", CoverageState),
     CheckConstraint("state <> 'covered' OR (run_id IS NOT NULL AND result IS NOT NULL)", name="covered_by"),
     Index("ix_coverage_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
@@ -643,6 +691,9 @@ transition = Table(
     Column("chart_version", Integer, nullable=False),
     _text("actor", None),
     _text("reason"),
+    # of the attempt, where it failed
+    _text("failure"),
+    Column("exit_code", Integer),
     _time("at", now=True),
 )
 
@@ -707,11 +758,13 @@ data_product = Table(
     _text("checksum", None),
     _json("metrics"),
     Column("superseded_by", BigInteger, ForeignKey("run.id")),  # its own run: by a later attempt of it
+    *_revoked(),
     _time("created_at", now=True),
     _one_of("type", ProductType),
     UniqueConstraint("run_id", "attempt", "path"),
     # Only of those that are: nearly all are not, and looking these up by it would read the whole table.
     Index("ix_data_product_superseded_by", "superseded_by", postgresql_where=text("superseded_by IS NOT NULL")),
+    Index("ix_data_product_revoked", "run_id", postgresql_where=text("revoked_by <> ''")),
 )
 
 dead_letter = Table(

@@ -30,7 +30,7 @@ from wfm.backends import open_backend
 from wfm.bus import Bus, Entry, RedisError, connect
 from wfm.charts import Chart, parse
 from wfm.config import Settings
-from wfm.decide import GUARDS, Capacity, backoff
+from wfm.decide import GUARDS, ApprovalLimits, Capacity, backoff
 from wfm.errors import WfmError
 from wfm.model import Role
 from wfm.roles import ResultManager, RoleWork, Sweep, TriggerManager, Worker, WorkflowManager, streams_of
@@ -397,6 +397,7 @@ def open_store(settings: Settings) -> Store:
         load_charts(),
         republish_seconds=settings.republish_seconds,
         outbox_most=settings.stream_high_water,
+        approval=ApprovalLimits(settings.approval_units, settings.approval_core_hours),
     )
 
 

@@ -26,7 +26,7 @@ from sqlalchemy import event as sa_event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from wfm.charts import Chart
-from wfm.decide import MoveFacts, item_hash
+from wfm.decide import ApprovalLimits, MoveFacts, item_hash
 from wfm.errors import NotFoundError, RefusedError
 from wfm.events import TYPES, Event, Message, SlotFreed
 from wfm.model import FINAL_STATES, Actor, FailureClass, JobRef, JobSpec, Role, RunState, TaskKind
@@ -182,13 +182,19 @@ class Tx:
     """One transaction. Everything in it commits together or not at all."""
 
     def __init__(
-        self, conn: Connection, charts: Mapping[int, Chart], republish_seconds: float, outbox_most: int = 10_000
+        self,
+        conn: Connection,
+        charts: Mapping[int, Chart],
+        republish_seconds: float,
+        outbox_most: int = 10_000,
+        approval: ApprovalLimits = ApprovalLimits(),  # noqa: B008 - immutable
     ) -> None:
         self.conn = conn
         self.charts = charts
         self.chart = charts[max(charts)]
         self.republish_seconds = republish_seconds
         self.outbox_most = outbox_most
+        self.approval = approval
         self.outbox: list[Message] = []
         self._published: Counter[str] = Counter()
 
@@ -306,10 +312,12 @@ class Tx:
     def _write_history(self, rows: str) -> None:
         self.run(
             """
-            INSERT INTO transition (run_id, version, attempt, trigger, source, dest, chart_version, actor, reason)
-            SELECT id, expected + 1, attempt, trigger, source, state, chart_version, actor, reason
+            INSERT INTO transition (run_id, version, attempt, trigger, source, dest, chart_version, actor, reason,
+                failure, exit_code)
+            SELECT id, expected + 1, attempt, trigger, source, state, chart_version, actor, reason,
+                CASE trigger WHEN 'fail' THEN failure ELSE '' END, CASE trigger WHEN 'fail' THEN exit_code END
             FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS m(id bigint, expected int, attempt int, trigger text,
-                source text, state text, chart_version int, actor text, reason text)
+                source text, state text, chart_version int, actor text, reason text, failure text, exit_code int)
             """,
             rows=rows,
         )
@@ -381,6 +389,9 @@ class Tx:
     def create_runs(self, rows: Sequence[Mapping[str, Any]], actor: Actor) -> dict[tuple[int, int], int]:
         """Turn gaps into runs; where a (step, unit) has an active run already, nothing happens.
 
+        One that takes up the digest of a withdrawn run goes on counting its failures: inputs that go back and forth
+        make no endless retries.
+
         Args:
             rows: step_id, unit_id, pipeline_id, location_id, generation, wanted, result, software_version_id,
                 config_revision_id, priority, cpu, memory_gb.
@@ -393,9 +404,13 @@ class Tx:
         made = self.all(
             """
             INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
-                software_version_id, config_revision_id, priority, cpu, memory_gb, state, chart_version, look_again_at)
+                software_version_id, config_revision_id, priority, cpu, memory_gb, state, chart_version,
+                look_again_at, failures)
             SELECT location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
-                config_revision_id, priority, cpu, memory_gb, :initial, :chart, now() + :look * interval '1 s'
+                config_revision_id, priority, cpu, memory_gb, :initial, :chart, now() + :look * interval '1 s',
+                coalesce((SELECT CASE o.failure WHEN :withdrawn THEN o.failures END FROM run o
+                    WHERE (o.step_id, o.unit_id, o.wanted) = (g.step_id, g.unit_id, g.wanted)
+                    ORDER BY o.id DESC LIMIT 1), 0)
             FROM (SELECT g.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
                 step_id bigint, unit_id bigint, generation bigint, wanted text, result numeric,
                 software_version_id bigint, config_revision_id bigint, priority int, cpu float8, memory_gb float8)
@@ -404,6 +419,7 @@ class Tx:
             """,
             rows=encode(rows),
             initial=self.chart.initial,
+            withdrawn=WITHDRAWN,
             chart=self.chart.version,
             look=self.chart.states[self.chart.initial].look_again_after,
         )
@@ -714,10 +730,12 @@ class Store:
         *,
         republish_seconds: float = 60.0,
         outbox_most: int = 10_000,
+        approval: ApprovalLimits = ApprovalLimits(),  # noqa: B008 - immutable
     ) -> None:
         self.charts = charts
         self.republish_seconds = republish_seconds
         self.outbox_most = outbox_most
+        self.approval = approval
         self.schema = schema
         self.engine = connect(url, schema)
 
@@ -725,7 +743,7 @@ class Store:
     def begin(self) -> Iterator[Tx]:
         """A transaction: commits at the end of the block, rolls back when it raises."""
         with self.engine.begin() as conn:
-            yield Tx(conn, self.charts, self.republish_seconds, self.outbox_most)
+            yield Tx(conn, self.charts, self.republish_seconds, self.outbox_most, self.approval)
 
     def retrying(self, work: Callable[[Tx], T], attempts: int = 8) -> tuple[T, list[Message]]:
         """Run ``work(tx)`` in a transaction, again when it lost a deadlock; returns (value, outbox)."""

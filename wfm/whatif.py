@@ -29,6 +29,8 @@ from wfm.views import Estimate, StepCost
 
 T = TypeVar("T")
 
+T = TypeVar("T")
+
 ACTOR = Actor("what-if")
 
 _NEXT = {
@@ -341,8 +343,8 @@ def _future(
         pairs = every_pair(tx, location_id, None)
         scope = None
     else:
-        pairs = gaps.fold(tx, location_id, packages) | _pairs_with(tx, location_id, packages)
-        scope = _and_below(tx, pairs)
+        pairs = gaps.fold(tx, location_id, packages) | pairs_with(tx, location_id, packages)
+        scope = and_below(tx, pairs)
     gaps.evaluate(tx, pairs, ACTOR)
     runs: dict[tuple[_Unit, str], RunForecast] = {}
     wave = 1
@@ -354,7 +356,7 @@ def _future(
     return _Future(runs, _coverage(tx, location_id, scope))
 
 
-def _pairs_with(tx: Tx, location_id: int, packages: Sequence[int]) -> set[gaps.Pair]:
+def pairs_with(tx: Tx, location_id: int, packages: Sequence[int]) -> set[gaps.Pair]:
     """The pairs whose unit has one of these packages."""
     rows = tx.all(
         """
@@ -369,7 +371,7 @@ def _pairs_with(tx: Tx, location_id: int, packages: Sequence[int]) -> set[gaps.P
     return {(r.step_id, r.unit_id) for r in rows}
 
 
-def _and_below(tx: Tx, pairs: Collection[gaps.Pair]) -> set[gaps.Pair]:
+def and_below(tx: Tx, pairs: Collection[gaps.Pair]) -> set[gaps.Pair]:
     """These pairs and all that depend on them."""
     found = set(pairs)
     fresh = set(pairs)

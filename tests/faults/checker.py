@@ -345,8 +345,10 @@ def _products(seen: _See) -> Iterator[str]:
             if registered.get(path) != checksum:
                 yield f"{name}: its job wrote {path} ({checksum[:15]}), registered is {registered.get(path, 'nothing')}"
     order = sorted(seen.completed.values(), key=lambda r: (r.step_id, r.unit_id, r.id))
+    covering = seen.tx.all("SELECT run_id FROM coverage WHERE state = 'covered'")
+    rests_on = {c.run_id for c in covering}  # an older run, where something went back to what it was
     for _, group in groupby(order, key=lambda r: (r.step_id, r.unit_id)):
-        *old, newest = group
+        *old, newest = sorted(group, key=lambda r: (r.id in rests_on, r.id))
         for run in old:
             if any(p.superseded_by is None for p in seen.products.get(run.id, ())):
                 yield f"{seen.name(run)}: not superseded, though run {newest.id} is newer"

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from wfm import __version__
-from wfm.cli import context, data, definitions, events, nights, plan, runs, system, trial, upkeep
+from wfm.cli import approve, context, data, definitions, events, nights, plan, revoke, runs, system, trial, upkeep
 
 __all__ = ["main", "wfm"]
 
@@ -23,10 +23,12 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Definitions and data": (
         *(definitions.apply, definitions.diff, definitions.get, definitions.delete),
         data.data,
+        revoke.revoke,
     ),
     "Pipelines": (
         definitions.pipelines,
         *(definitions.trigger, definitions.pause, definitions.resume, definitions.enable, definitions.disable),
+        approve.approve,
         runs.why,
         plan.plan,
         trial.try_,

@@ -460,10 +460,57 @@ def why(target: str | None, unit: str | None, package: str | None, limit: int, a
         pipeline, step = context.split(str(target))
         unit = context.full_key(tx, pipeline, unit)
         found = views.why(tx.conn, pipeline=pipeline, step=step, unit=unit, location_id=d.location, limit=limit)
+        if unit:
+            found = [_with_logs(tx, line, d.settings) for line in found]
     if as_json:
         output.document(found)
-    else:
-        _explain(found)
+        return
+    _explain(found)
+    for line in found if unit else ():
+        _show_failures(line)
+
+
+def _with_logs(tx: Tx, line: WhyLine, settings: Settings) -> WhyLine:
+    """What is known of a unit, each failure with the last line of its log."""
+    from msgspec import structs
+
+    from wfm.backends import open_backend
+
+    if not line.last_failures:
+        return line
+    backend = open_backend(settings)
+    runs = tx.find_runs("r.id = ANY(:ids)", ids=[f.run for f in line.last_failures])
+
+    def log(run: int, attempt: int) -> str:
+        said = backend.logs(_earlier(runs[run], attempt, settings))
+        return last_line(Path(said)) if os.path.isabs(said) and "\n" not in said else said.rstrip().rpartition("\n")[2]
+
+    failures = [structs.replace(f, log=log(f.run, f.attempt)) for f in line.last_failures]
+    return structs.replace(line, last_failures=failures)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a file that is not empty, from its last 4 kB; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            return file.read().decode(errors="replace").rstrip().rpartition("\n")[2]
+    except OSError:
+        return ""
+
+
+def _show_failures(line: WhyLine) -> None:
+    if not line.failures:
+        return
+    times = output.plural(line.failures, "failure")
+    click.echo(
+        f"\n{line.pipeline}/{line.step}: {times} with the input, version and config that are wanted now; the last:"
+    )
+    rows = [
+        (f.run, f.attempt, output.when(f.at), f.failure, f.exit_code, _one_line(f.message), _one_line(f.log))
+        for f in line.last_failures
+    ]
+    output.table(("RUN", "ATTEMPT", "AT", "CLASS", "EXIT CODE", "MESSAGE", "LAST LINE OF ITS LOG"), rows, empty="")
 
 
 def _explain(lines: Sequence[WhyLine]) -> None:

@@ -5,6 +5,7 @@ A question costs a fixed number of statements, however many rows it touches. Ans
 search path decides. A name that does not exist is a `NotFoundError` that gives the nearest one.
 """
 
+from wfm.views.approvals import ApprovalLine, approvals
 from wfm.views.certificate import (
     Certificate,
     CertifiedPackage,
@@ -19,6 +20,7 @@ from wfm.views.cost import Estimate, StepCost, estimate, step_costs
 from wfm.views.coverage import (
     CHANGE,
     CoverageLine,
+    FailureLine,
     NotSelected,
     PackageWhy,
     RunBrief,
@@ -45,7 +47,7 @@ from wfm.views.ledger import (
 )
 from wfm.views.lists import Counts, DueTime, PackageLine, PendingLine, PipelineLine, counts, packages, pipelines
 from wfm.views.planned import AbsenceLine, PlanLine, absences, planned
-from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
+from wfm.views.provenance import LineageKind, LineageNode, find_product, lineage, mermaid, tree
 from wfm.views.run_lines import (
     SHOWN,
     ProductLine,
@@ -66,6 +68,7 @@ __all__ = [
     "SHOWN",
     "START",
     "AbsenceLine",
+    "ApprovalLine",
     "Certificate",
     "CertifiedPackage",
     "Counts",
@@ -78,6 +81,7 @@ __all__ = [
     "EventDetail",
     "EventLine",
     "EventPage",
+    "FailureLine",
     "LineageKind",
     "LineageNode",
     "NotSelected",
@@ -102,6 +106,7 @@ __all__ = [
     "WaiverLine",
     "WhyLine",
     "absences",
+    "approvals",
     "certificate",
     "counts",
     "coverage_summary",
@@ -112,6 +117,7 @@ __all__ = [
     "events",
     "explain",
     "explain_pipeline",
+    "find_product",
     "is_before",
     "last_night",
     "lineage",

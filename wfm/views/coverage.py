@@ -53,6 +53,18 @@ class UpstreamUnit(Struct, frozen=True):
     run: int | None
 
 
+class FailureLine(Struct, frozen=True, kw_only=True):
+    """An attempt that failed. `log` is the last line that its software wrote, where somebody looked."""
+
+    run: int
+    attempt: int
+    failure: str
+    exit_code: int | None
+    message: str
+    at: datetime
+    log: str = ""
+
+
 class WhyLine(Struct, frozen=True, kw_only=True):
     """Why one (step, unit) is as it is, and what would change that.
 
@@ -63,6 +75,8 @@ class WhyLine(Struct, frozen=True, kw_only=True):
         upstream_total, upstream_open: units of the steps it depends on; of these, not covered.
         upstream: what holds it up, the first few: units not covered yet, or those where a failure began, which may
             lie several steps up.
+        failures: how many attempts failed with the inputs, version and config that are wanted now, by all runs, however
+            often they were repeated. last_failures: the newest of them.
         change: one sentence for people.
     """
 
@@ -80,6 +94,8 @@ class WhyLine(Struct, frozen=True, kw_only=True):
     upstream_total: int = 0
     upstream_open: int = 0
     upstream: list[UpstreamUnit] = []
+    failures: int = 0
+    last_failures: list[FailureLine] = []
     change: str = ""
 
 
@@ -98,6 +114,10 @@ CHANGE: dict[Why, str] = {
     Why.NO_VERSION: "apply an active version that fits, or change the step's version policy",
     Why.MANUAL: "ask for it: `wfm trigger {pipeline}/{step} {unit}`",
     Why.NOT_DUE: "the next time of its schedule: {next}; at once: `wfm trigger {pipeline}/{step} {unit}`",
+    Why.NO_CONFIG: "apply the config with other parameters, or undo a revocation (`wfm revoke config ... --restore`)",
+    Why.APPROVAL: "`wfm approve {pipeline}/{step}`, or for this one alone `wfm trigger {pipeline}/{step} {unit}`;"
+    " until then its older result counts",
+    Why.REVOKED: "`wfm approve {pipeline}/{step}`; its older result does not count",
     Why.PAUSED: "`wfm resume {paused}`",
     Why.DISABLED: "{enable}",
     Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
@@ -212,11 +232,14 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
     waiting = [s for s in found if s.why in (Why.UPSTREAM, Why.UPSTREAM_FAILED)]
     upstream = _upstream(conn, waiting)
     origins = _origins(conn, [s for s in waiting if s.why is Why.UPSTREAM_FAILED])
+    failures = _failures(conn, [s for s in found if s.why in (Why.FAILED, Why.RUN)])
     lines = []
     for s in found:
         total, uncovered, first = upstream.get((s.step_id, s.unit_id), (0, 0, []))
         first = origins.get((s.step_id, s.unit_id), first)
         known = structs.replace(s, upstream_total=total, upstream_open=uncovered, upstream=first)
+        times, last = failures.get((s.step_id, s.unit_id), (0, []))
+        known = structs.replace(known, failures=times, last_failures=last)
         fields = {name: getattr(known, name) for name in WhyLine.__struct_fields__}
         lines.append(WhyLine(**fields | {"change": _change(known)}))
     return lines
@@ -229,12 +252,13 @@ def _upstream(
     rows = _all(
         conn,
         f"""
-        SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE state <> 'covered') AS uncovered,
-            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE state <> 'covered' AND rank <= :first) AS first
+        SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE NOT counts) AS uncovered,
+            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE NOT counts AND rank <= :first) AS first
         FROM (
             SELECT s.id AS step_id, u.id AS unit_id, us.name AS step, l.key AS unit, f.id AS run,
+                coalesce(c.counts, false) AS counts,
                 coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
-                row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.state IS NOT DISTINCT FROM 'covered',
+                row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.counts IS TRUE,
                     c.state IS NOT DISTINCT FROM 'blocked' DESC, us.position, l.key) AS rank
             FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id {_BELOW}
             LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
@@ -253,6 +277,29 @@ def _upstream(
         )
         for r in rows
     }
+
+
+def _failures(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], tuple[int, list[FailureLine]]]:
+    """By pair: how many attempts failed with the digest that is wanted now, and the last few."""
+    rows = _all(
+        conn,
+        f"""
+        SELECT q.step_id, q.unit_id, f.times, f.last
+        FROM {_PAIRS} JOIN coverage c ON (c.step_id, c.unit_id) = (q.step_id, q.unit_id)
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS times, jsonb_agg(to_jsonb(z) - 'n' ORDER BY n) FILTER (WHERE n <= :first) AS last
+            FROM (
+                SELECT r.id AS run, t.attempt, t.failure, t.exit_code, t.reason AS message, t.at,
+                    row_number() OVER (ORDER BY t.at DESC, r.id DESC, t.version DESC) AS n
+                FROM run r JOIN transition t ON t.run_id = r.id AND t.trigger = 'fail'
+                WHERE (r.step_id, r.unit_id, r.wanted) = (c.step_id, c.unit_id, c.wanted)) z) f
+        WHERE f.times > 0
+        """,
+        steps=[p.step_id for p in pairs],
+        units=[p.unit_id for p in pairs],
+        first=_FIRST,
+    )
+    return {(r["step_id"], r["unit_id"]): (r["times"], msgspec.convert(r["last"], list[FailureLine])) for r in rows}
 
 
 def _origins(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], list[UpstreamUnit]]:
@@ -327,7 +374,7 @@ class PackageWhy(Struct, frozen=True, kw_only=True):
     """What becomes of one raw data package.
 
     Attributes:
-        state: of its registration.
+        state: of its registration; or revoked.
         units: the (step, unit) pairs that contain it now.
         not_selected: pipelines of the location without it, each with the first rule that rejects it.
         summary: one sentence for people.
@@ -348,7 +395,10 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
     """
     _require_location(conn, location_id)
     _require(conn, "raw data package", name, _PACKAGES)
-    (package,) = _all(conn, "SELECT id, state FROM raw_data_package WHERE name = :name", name=name)
+    (package,) = _all(
+        conn, "SELECT id, state, revoked_by, revoked_reason FROM raw_data_package WHERE name = :name", name=name
+    )
+    revoked = package["revoked_by"] and f"revoked by {package['revoked_by']}: {package['revoked_reason']}"
     member = "SELECT unit_id FROM unit_member WHERE package_id = :package AND removed IS NULL"
     units = _why(conn, f"s.active AND u.id IN ({member})", limit=10_000, loc=location_id, package=package["id"])
     others = _all(
@@ -363,22 +413,29 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
         loc=location_id,
         package=package["id"],
     )
-    rejecting = _rejecting_rules(conn, package["id"], {p["name"]: p["rules"] for p in others})
+    rejecting = {} if revoked else _rejecting_rules(conn, package["id"], {p["name"]: p["rules"] for p in others})
     not_selected = []
     for p in others:
-        if p["name"] in rejecting:
+        if revoked:
+            reason = f"the package is {revoked}"
+        elif p["name"] in rejecting:
             reason = f"grouping {p['grouping']} rejects it: {rejecting[p['name']]}"
         else:
             reason = f"grouping {p['grouping']} selects it, but its arrival is not sorted yet"
         not_selected.append(NotSelected(p["name"], reason if p["enabled"] else f"{reason}; the pipeline is disabled"))
     containing = sorted({u.pipeline for u in units})
-    if containing:
+    if revoked:
+        summary = f"{revoked}; no unit may use it (`wfm revoke package {name} --restore` undoes that)"
+        if containing:
+            summary += f"; {', '.join(containing)} are about to let it go"
+    elif containing:
         summary = f"{len(units)} (step, unit) pairs of {', '.join(containing)} contain it"
     elif any(p["enabled"] and p["name"] not in rejecting for p in others):
         summary = "its arrival is not sorted yet"
     else:
         summary = "no enabled pipeline of this location selects it"
-    return PackageWhy(package=name, state=package["state"], units=units, not_selected=not_selected, summary=summary)
+    state = "revoked" if revoked else package["state"]
+    return PackageWhy(package=name, state=state, units=units, not_selected=not_selected, summary=summary)
 
 
 def _rejecting_rules(conn: Connection, package: int, rules: Mapping[str, list[Any]]) -> dict[str, str]:

@@ -28,7 +28,10 @@ from wfm.views.sql import (
 
 
 class PackageLine(Struct, frozen=True, kw_only=True):
-    """A raw data package. `size` in bytes, `files` counted; `copies` by location: the status of what lies there."""
+    """A raw data package. `size` in bytes, `files` counted; `copies` by location: the status of what lies there.
+
+    `state` is that of its registration, or revoked.
+    """
 
     id: int
     name: str
@@ -64,7 +67,8 @@ def packages(
             SELECT * FROM raw_data_package k
             WHERE {_asked("k.name", "name", "text", "LIKE")} AND {_asked("k.state", "state")}
             ORDER BY k.id DESC LIMIT :limit)
-        SELECT k.id, k.name, k.state, k.size, k.registered_at,
+        SELECT k.id, k.name, CASE k.revoked_by WHEN '' THEN k.state ELSE 'revoked' END AS state, k.size,
+            k.registered_at,
             e.name AS executed_obs_unit, im.name AS instrument_module,
             (SELECT count(*) FROM raw_data_file f WHERE f.package_id = k.id) AS files,
             (SELECT coalesce(jsonb_object_agg(l.name, c.status), '{{}}') FROM physical_copy c

@@ -73,7 +73,7 @@ def lineage(conn: Connection, kind: LineageKind, key: int | str) -> LineageNode:
         root, seeds = _package_seeds(conn, str(key))
         up: list[int] = []
     elif kind is LineageKind.PRODUCT:
-        product, run = _find_product(conn, str(key))
+        product, run = find_product(conn, str(key))
         root, seeds = (kind, product), [run]
         up = _closure(conn, seeds, "run_id", "upstream_run_id")
     else:
@@ -113,7 +113,7 @@ def _package_seeds(conn: Connection, name: str) -> tuple[_Key, list[int]]:
     return (LineageKind.PACKAGE, package), runs
 
 
-def _find_product(conn: Connection, key: str) -> tuple[int, int]:
+def find_product(conn: Connection, key: str) -> tuple[int, int]:
     """Ids of a product and its run."""
     found = _all(
         conn,
@@ -171,25 +171,29 @@ def _load(
         conn,
         f"""
         SELECT r.id, p.name AS pipeline, s.name AS step, u.key AS unit, r.state, r.attempt, r.finished_at,
-            sw.name AS software, sv.version, cf.name AS config, cr.revision, cr.parameters
+            sw.name AS software, sv.version, sv.state AS version_state, cf.name AS config, cr.revision, cr.parameters,
+            cr.revoked_by AS config_revoked_by, cr.revoked_reason AS config_revoked_reason
         FROM {_RUN_TABLES} {_RUN_SOFTWARE} WHERE r.id = ANY(:runs)
         """,
         runs=runs,
     ):
         run = (LineageKind.RUN, r.pop("id"))
         config = f", config {r['config']} revision {r['revision']}" if r["config"] else ""
+        config += _revoked(r, "config_")
+        state = "" if r["version_state"] == "active" else f" ({r['version_state']})"
         nodes[run] = LineageNode(
             kind=LineageKind.RUN,
             id=run[1],
             label=f"{r['pipeline']}/{r['step']} {r['unit']}",
-            note=f"{r['state']}, {r['software']} {r['version']}{config}",
+            note=f"{r['state']}, {r['software']} {r['version']}{state}{config}",
             details=r,
         )
     read: defaultdict[tuple[int, int], list[_Key]] = defaultdict(list)
     for d in _all(
         conn,
         """
-        SELECT id, run_id AS run, attempt, type, path, size, checksum, metrics, superseded_by, created_at
+        SELECT id, run_id AS run, attempt, type, path, size, checksum, metrics, superseded_by, revoked_by,
+            revoked_reason, created_at
         FROM data_product JOIN unnest(CAST(:runs AS bigint[])) AS w(run) ON run_id = w.run
         WHERE type = 'INTERMEDIATE' OR run_id = ANY(:down) OR id = :root ORDER BY path, id
         """,
@@ -204,7 +208,7 @@ def _load(
             kind=LineageKind.PRODUCT,
             id=product[1],
             label=d.pop("path"),
-            note=f"{d['type']}, {d['size']} bytes{superseded}",
+            note=f"{d['type']}, {d['size']} bytes{superseded}{_revoked(d)}",
             details=d,
         )
         arrows.append((run, product))
@@ -227,7 +231,8 @@ def _load(
             SELECT r.id AS run, m.package_id FROM run r JOIN unit_member m ON {_PINNED}
             WHERE r.id = ANY(:up) AND {_READS_RAW}
             UNION ALL SELECT NULL, CAST(:root AS bigint))
-        SELECT n.run, k.id, k.name, k.state, k.size, e.name AS executed_obs_unit, k.registered_at
+        SELECT n.run, k.id, k.name, k.state, k.size, k.revoked_by, k.revoked_reason,
+            e.name AS executed_obs_unit, k.registered_at
         FROM needed n JOIN raw_data_package k ON k.id = n.package_id
         JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id ORDER BY n.run, k.name
         """,
@@ -239,12 +244,17 @@ def _load(
             kind=LineageKind.PACKAGE,
             id=package[1],
             label=k.pop("name"),
-            note=f"{k['state']}, {k['size']} bytes",
+            note=f"{k['state']}, {k['size']} bytes{_revoked(k)}",
             details=k,
         )
         if reader is not None:
             arrows.append((package, (LineageKind.RUN, reader)))
     return nodes, arrows
+
+
+def _revoked(row: Mapping[str, Any], prefix: str = "") -> str:
+    by, reason = row[f"{prefix}revoked_by"], row[f"{prefix}revoked_reason"]
+    return f", revoked by {by}: {reason}" if by else ""
 
 
 def _grow(
