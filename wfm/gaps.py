@@ -356,7 +356,9 @@ def _write(
         """
         UPDATE coverage c SET state = d.state, why = d.why, reason = d.reason, wanted = d.wanted,
             run_id = coalesce(d.covered_by, c.run_id), result = coalesce(r.result, c.result),
-            requested = c.requested AND NOT d.settled, due_at = now() + d.due_in * interval '1 s', updated_at = now()
+            requested = c.requested AND NOT d.settled,
+            backfill_id = CASE WHEN NOT d.settled THEN c.backfill_id END,
+            due_at = now() + d.due_in * interval '1 s', updated_at = now()
         FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
             reason text, wanted text, covered_by bigint, settled boolean, due_in float8)
             LEFT JOIN run r ON r.id = d.covered_by
@@ -419,7 +421,8 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
     rows = tx.all(
         f"""
         WITH q AS MATERIALIZED (
-            SELECT c.step_id, c.unit_id, c.requested, c.run_id FROM coverage c
+            SELECT c.step_id, c.unit_id, c.requested, c.run_id, c.paused_by, c.paused_reason, c.backfill_id
+            FROM coverage c
             JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
                 ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
             ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c)
@@ -428,6 +431,9 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
             p.id AS pipeline_id, p.location_id, p.priority, p.enabled AND p.deleted_at IS NULL AS enabled,
             p.paused_by, p.paused_reason, p.trigger_type,
+            q.paused_by AS unit_paused_by, q.paused_reason AS unit_paused_reason, b.id AS backfill_id,
+            b.name AS backfill, b.priority AS backfill_priority, coalesce(b.paused_by, '') AS backfill_paused_by,
+            b.paused_reason AS backfill_paused_reason,
             u.key AS unit, u.members, u.digest, u.generation, cr.id AS config_id, coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
             prev.software_version_id AS prev_version_id, prev.config_revision_id AS prev_config_id, prev.id AS prev_id,
@@ -436,7 +442,7 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             up.steps AS upstream
         FROM q JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
         JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
-        LEFT JOIN run prev ON prev.id = q.run_id
+        LEFT JOIN run prev ON prev.id = q.run_id LEFT JOIN backfill b ON b.id = q.backfill_id
         LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
         LEFT JOIN LATERAL (SELECT id, hash FROM config_revision WHERE config_id = s.config_id
             ORDER BY revision DESC LIMIT 1) cr ON true
@@ -519,6 +525,8 @@ def _situation(
     for what, by, reason in (
         ("pipeline", r.paused_by, r.paused_reason),
         ("step", r.step_paused_by, r.step_paused_reason),
+        ("unit", r.unit_paused_by, r.unit_paused_reason),
+        (f"backfill {r.backfill}", r.backfill_paused_by, r.backfill_paused_reason),
     ):
         if by:
             paused = f"{what} paused by {by}" + (f": {reason}" if reason else "")
@@ -549,7 +557,8 @@ def _situation(
         "result": str(result_hash(r.step, r.unit, wanted)),
         "software_version_id": version.id if version else None,
         "config_revision_id": r.config_id,
-        "priority": r.priority,
+        "priority": r.backfill_priority if r.backfill_id else r.priority,
+        "backfill_id": r.backfill_id,
         "cpu": resources.cpu,
         "memory_gb": resources.memory_gb,
     }
@@ -561,6 +570,8 @@ def _situation(
         cause = "stale: the config has a newer revision"
     else:
         cause = "stale: newer input"
+    if r.backfill_id:
+        cause += f"; backfill {r.backfill}"
     return _Situation(facts, cause, new_run)
 
 

@@ -16,12 +16,14 @@ from wfm.decide import (
     GapFacts,
     MoveFacts,
     PendingRun,
+    Refill,
     Share,
     SoftwareVersion,
     Upstream,
 )
 from wfm.model import (
     REPEATABLE,
+    BackfillKind,
     CoverageState,
     FailureClass,
     JobStatus,
@@ -181,6 +183,34 @@ def test_only_a_run_that_has_not_started_is_withdrawn_for_newer_input():
 def test_a_cooldown_says_when_to_look_again():
     d = decide.gap(GapFacts(members=1, wanted="w", cooldown_seconds=60, seconds_since_last_run=20.0))
     assert d.due_in == 40.0
+
+
+# --- backfills ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "why", "what"),
+    [
+        *((kind, CoverageState.ACTIVE, Why.RUN, Refill.FOLLOW) for kind in BackfillKind),
+        *((kind, CoverageState.EMPTY, Why.EMPTY, Refill.SKIP) for kind in BackfillKind),
+        (BackfillKind.MISSING, CoverageState.HELD, Why.MANUAL, Refill.ASK),
+        (BackfillKind.MISSING, CoverageState.WAITING, Why.UPSTREAM, Refill.ASK),
+        (BackfillKind.MISSING, CoverageState.COVERED, Why.COVERED, Refill.SKIP),
+        (BackfillKind.MISSING, CoverageState.BLOCKED, Why.FAILED, Refill.SKIP),
+        (BackfillKind.FAILED, CoverageState.BLOCKED, Why.FAILED, Refill.RETRY),
+        (BackfillKind.FAILED, CoverageState.BLOCKED, Why.CANCELLED, Refill.SKIP),
+        (BackfillKind.FAILED, CoverageState.HELD, Why.MANUAL, Refill.SKIP),
+        (BackfillKind.STALE, CoverageState.HELD, Why.MANUAL, Refill.ASK),
+        (BackfillKind.STALE, CoverageState.COVERED, Why.COVERED, Refill.SKIP),
+        (BackfillKind.ALL, CoverageState.COVERED, Why.COVERED, Refill.REDRIVE),
+        (BackfillKind.ALL, CoverageState.BLOCKED, Why.CANCELLED, Refill.RETRY),
+        (BackfillKind.ALL, CoverageState.BLOCKED, Why.UPSTREAM_FAILED, Refill.ASK),
+    ],
+)
+def test_what_a_backfill_does_with_a_unit(kind, state, why, what):
+    found, note = decide.refill(kind, state, why)
+    assert found is what
+    assert bool(note) == (what is Refill.SKIP)
 
 
 # --- admission ---

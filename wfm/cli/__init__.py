@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from wfm import __version__
-from wfm.cli import context, data, definitions, events, plan, runs, system, trial, upkeep
+from wfm.cli import backfill, context, data, definitions, events, plan, runs, system, trial, upkeep
 
 __all__ = ["main", "wfm"]
 
@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     ),
     "Pipelines": (
         *(definitions.trigger, definitions.pause, definitions.resume, definitions.enable, definitions.disable),
+        backfill.backfill,
         runs.why,
         plan.plan,
         trial.try_,

@@ -5,6 +5,7 @@ A question costs a fixed number of statements, however many rows it touches. Ans
 search path decides. A name that does not exist is a `NotFoundError` that gives the nearest one.
 """
 
+from wfm.views.backfills import BackfillLine, BackfillNote, backfills
 from wfm.views.cost import Estimate, StepCost, estimate, step_costs
 from wfm.views.coverage import (
     CHANGE,
@@ -33,7 +34,7 @@ from wfm.views.ledger import (
     is_before,
     log_end,
 )
-from wfm.views.lists import Counts, PackageLine, PendingLine, counts, packages
+from wfm.views.lists import Counts, PackageLine, PausedLine, PendingLine, counts, packages
 from wfm.views.provenance import LineageKind, LineageNode, lineage, mermaid, tree
 from wfm.views.run_lines import (
     SHOWN,
@@ -54,6 +55,8 @@ __all__ = [
     "MOST_FAULTS",
     "SHOWN",
     "START",
+    "BackfillLine",
+    "BackfillNote",
     "Counts",
     "CoverageLine",
     "DeadLetter",
@@ -68,6 +71,7 @@ __all__ = [
     "NotSelected",
     "PackageLine",
     "PackageWhy",
+    "PausedLine",
     "PendingLine",
     "ProductLine",
     "RuleCount",
@@ -82,6 +86,7 @@ __all__ = [
     "UpstreamUnit",
     "VerifyReport",
     "WhyLine",
+    "backfills",
     "counts",
     "coverage_summary",
     "dead_letter",
