@@ -42,15 +42,16 @@ def cancel_runs(tx: Tx, ids: Sequence[int], actor: Actor) -> Moved:
     return Moved(*tx.move([Move(r, "cancel", actor, sets={"message": message, "failure": ""}) for r in runs.values()]))
 
 
-def retry_runs(tx: Tx, ids: Sequence[int], actor: Actor) -> Moved:
+def retry_runs(tx: Tx, ids: Sequence[int], actor: Actor, **sets: Any) -> Moved:
     """Begin another attempt of runs that FAILED or were CANCELLED, with all their retries.
 
-    Refused where another run of the same unit is on its way, or where the unit wants other inputs by now.
+    `sets` are other columns of the runs, such as their priority. Refused where another run of the same unit is on its
+    way, or where the unit wants other inputs by now.
     """
-    return _again(tx, ids, "retry", RunState.PENDING, actor)
+    return _again(tx, ids, "retry", RunState.PENDING, actor, **sets)
 
 
-def redrive_runs(tx: Tx, ids: Sequence[int], begin: RunState, actor: Actor) -> Moved:
+def redrive_runs(tx: Tx, ids: Sequence[int], begin: RunState, actor: Actor, **sets: Any) -> Moved:
     """Begin another attempt of ended runs, of COMPLETED ones too, by the newest chart.
 
     Products of earlier attempts count until those of the new one are collected, and are superseded then. What depends
@@ -59,11 +60,12 @@ def redrive_runs(tx: Tx, ids: Sequence[int], begin: RunState, actor: Actor) -> M
 
     Args:
         begin: PENDING does everything again; COLLECTING_RESULTS collects once more what the last job left.
+        sets: other columns of the runs, such as their priority.
 
     Refused where the same would be refused to `retry_runs`, and where there is nothing to collect.
     """
     trigger = {RunState.PENDING: "redrive", RunState.COLLECTING_RESULTS: "recollect"}[begin]
-    return _again(tx, ids, trigger, begin, actor, chart_version=tx.chart.version)
+    return _again(tx, ids, trigger, begin, actor, chart_version=tx.chart.version, **sets)
 
 
 def _again(tx: Tx, ids: Sequence[int], trigger: str, begin: RunState, actor: Actor, **sets: Any) -> Moved:
@@ -120,21 +122,78 @@ def _tell(tx: Tx, pipeline: Any, actor: Actor) -> None:
     tx.emit(pipeline.location_id, event, ENTRANCES["pipeline.changed"], actor)
 
 
-def pause(tx: Tx, pipeline: str, step: str | None, actor: Actor) -> None:
-    """Start nothing new in a pipeline or a step; what runs goes on."""
-    _set_pause(tx, pipeline, step, actor, by=actor.name, reason=actor.reason)
+def pause(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Actor) -> None:
+    """Start nothing new in a pipeline, a step, or a unit of these; what runs goes on."""
+    _set_pause(tx, pipeline, step, unit, actor, by=actor.name, reason=actor.reason)
 
 
-def resume(tx: Tx, pipeline: str, step: str | None, actor: Actor) -> None:
-    """Undo `pause`."""
-    _set_pause(tx, pipeline, step, actor, by="", reason="")
+def resume(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Actor) -> bool:
+    """Undo `pause`; returns whether there was something to undo."""
+    return _set_pause(tx, pipeline, step, unit, actor, by="", reason="")
 
 
-def _set_pause(tx: Tx, pipeline: str, step: str | None, actor: Actor, *, by: str, reason: str) -> None:
+def _set_pause(
+    tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Actor, *, by: str, reason: str
+) -> bool:
     row = _pipeline(tx, pipeline, step)
-    table, key = ("reduction_step", row.step_id) if step else ("pipeline", row.id)
-    tx.run(f"UPDATE {table} SET paused_by = :by, paused_reason = :reason WHERE id = :id", by=by, reason=reason, id=key)
-    _tell(tx, row, actor)
+    if unit:
+        changed = _pause_unit(tx, row, unit, by, reason)
+    else:
+        table, key = ("reduction_step", row.step_id) if step else ("pipeline", row.id)
+        changed = tx.run(
+            f"UPDATE {table} SET paused_by = :by, paused_reason = :reason"
+            " WHERE id = :id AND (paused_by <> '' OR :by <> '')",
+            by=by,
+            reason=reason,
+            id=key,
+        )
+    if changed:
+        _tell(tx, row, actor)
+    return changed > 0
+
+
+def _pause_unit(tx: Tx, pipeline: Any, unit: str, by: str, reason: str) -> int:
+    """Of every step that has the unit, or of the one named."""
+    found = tx.all(
+        """
+        INSERT INTO coverage (step_id, unit_id, state, why)
+        SELECT s.id, u.id, 'waiting', 'arrivals_not_sorted_yet'
+        FROM reduction_step s JOIN unit u ON u.pipeline_id = s.pipeline_id AND u.dims = s.dims
+        WHERE s.pipeline_id = :pipeline AND s.active AND (:step = 0 OR s.id = :step) AND u.key = :unit
+        ORDER BY s.id, u.id ON CONFLICT (step_id, unit_id) DO UPDATE SET updated_at = coverage.updated_at
+        RETURNING step_id, unit_id
+        """,
+        pipeline=pipeline.id,
+        step=pipeline.step_id or 0,
+        unit=unit,
+    )
+    if not found:
+        raise _no_unit(tx, pipeline, unit)
+    return tx.run(
+        "UPDATE coverage SET paused_by = :by, paused_reason = :reason"
+        " WHERE step_id = ANY(:steps) AND unit_id = ANY(:units) AND (paused_by <> '' OR :by <> '')",
+        by=by,
+        reason=reason,
+        steps=[r.step_id for r in found],
+        units=[r.unit_id for r in found],
+    )
+
+
+def _no_unit(tx: Tx, pipeline: Any, unit: str) -> NotFoundError:
+    """That a pipeline, or the step of it that is named, has no such unit, with the nearest one."""
+    near = tx.all(
+        """
+        SELECT u.key FROM unit u WHERE u.pipeline_id = :pipeline
+            AND u.dims IN (SELECT dims FROM reduction_step s WHERE s.pipeline_id = :pipeline AND s.active
+                AND (:step = 0 OR s.id = :step))
+        GROUP BY u.key ORDER BY abs(length(u.key) - :length), u.key LIMIT 2000
+        """,
+        pipeline=pipeline.id,
+        step=pipeline.step_id or 0,
+        length=len(unit),
+    )
+    # By their names as people write them, without the digest (16 digits) at the end.
+    return NotFoundError(unknown("unit", unit, sorted({r.key[:-17] or r.key for r in near})))
 
 
 def set_enabled(tx: Tx, pipeline: str, enabled: bool, actor: Actor) -> None:
@@ -167,7 +226,7 @@ def trigger(tx: Tx, pipeline: str, step: str | None, unit: str | None, actor: Ac
         unit=unit or "",
     )
     if unit and not asked:
-        raise NotFoundError(f"pipeline {pipeline!r} has no unit {unit!r}; see `wfm why {pipeline}`")
+        raise _no_unit(tx, row, unit)
     _tell(tx, row, actor)
     return asked
 

@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from enum import StrEnum
 from itertools import groupby
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
@@ -21,6 +22,7 @@ from packaging.version import InvalidVersion, Version
 from wfm.errors import nearest
 from wfm.model import (
     REPEATABLE,
+    BackfillKind,
     CoverageState,
     FailureClass,
     FanIn,
@@ -523,6 +525,40 @@ def standing(selected: bool, unsorted: bool, open_pairs: Iterable[Why], waived: 
     if reasons or not selected:
         return Standing.EXPLAINED
     return Standing.WAIVED if waived else Standing.COVERED
+
+
+# --- backfills ---
+
+
+class Refill(StrEnum):
+    """What a backfill does with a unit when its turn comes."""
+
+    ASK = "ask"
+    """Ask for its gap to become a run."""
+    RETRY = "retry"
+    """Have the run that failed begin another attempt."""
+    REDRIVE = "redrive"
+    """Have the run that covers it begin another attempt."""
+    FOLLOW = "follow"
+    """A run is on its way already."""
+    SKIP = "skip"
+
+
+def refill(kind: BackfillKind, state: CoverageState, why: Why) -> tuple[Refill, str]:
+    """What a backfill of a kind does with a unit that is as its coverage says now; with the reason if it is nothing."""
+    failures = kind in (BackfillKind.FAILED, BackfillKind.ALL)
+    match state, why:
+        case CoverageState.ACTIVE, _:
+            return Refill.FOLLOW, ""
+        case CoverageState.EMPTY, _:
+            return Refill.SKIP, "no raw data package belongs to it any more"
+        case CoverageState.COVERED, _:
+            return (Refill.REDRIVE, "") if kind is BackfillKind.ALL else (Refill.SKIP, "covered meanwhile")
+        case CoverageState.BLOCKED, Why.FAILED:
+            return (Refill.RETRY, "") if failures else (Refill.SKIP, "failed meanwhile")
+        case CoverageState.BLOCKED, Why.CANCELLED:
+            return (Refill.RETRY, "") if kind is BackfillKind.ALL else (Refill.SKIP, "cancelled meanwhile")
+    return (Refill.ASK, "") if kind is not BackfillKind.FAILED else (Refill.SKIP, f"no longer failed: {why}")
 
 
 # --- admission ---

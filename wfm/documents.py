@@ -31,7 +31,16 @@ from wfm.decide import schedule_faults
 from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import PipelineChanged
 from wfm.grouping import unknown
-from wfm.model import ACTIVE_STATES, FanIn, OnStale, Resources, Schedule, TriggerType, VersionPolicy
+from wfm.model import (
+    ACTIVE_STATES,
+    BackfillState,
+    FanIn,
+    OnStale,
+    Resources,
+    Schedule,
+    TriggerType,
+    VersionPolicy,
+)
 from wfm.yamltext import Document, Fault, Path, refuse
 
 Label = Annotated[str, Meta(pattern=LABEL, description=LABEL_TEXT)]
@@ -1014,6 +1023,9 @@ def _delete_pipeline(conn: Connection, i: int, name: str, actor: str, reason: st
         raise RefusedError(f"pipeline {name!r} has {active} active runs: {hint}, then delete it")
     quiet = {"paused_by": "", "paused_reason": ""}
     conn.execute(update(step).where(step.c.pipeline_id == i).values(active=False, **quiet))
+    fill = schema.backfill
+    going_on = update(fill).where(fill.c.pipeline_id == i, fill.c.finished_at.is_(None))
+    conn.execute(going_on.values(state=BackfillState.CANCELLED, finished_at=func.now(), **quiet))
     marked = update(p).where(p.c.id == i).values(deleted_at=func.now(), **quiet).returning(p.c.location_id)
     event = PipelineChanged(pipeline=name, pipeline_id=i)
     return emit(conn, [(conn.execute(marked).scalar_one(), event)], actor=actor, reason=reason)

@@ -418,6 +418,7 @@ def _write(
             wanted_since = CASE WHEN c.wanted = d.wanted THEN c.wanted_since ELSE now() END,
             settling_since = CASE WHEN d.why = 'settling' THEN coalesce(c.settling_since, now())
                 WHEN NOT d.settled THEN c.settling_since END,
+            backfill_id = CASE WHEN NOT d.settled THEN c.backfill_id END,
             due_at = now() + d.due_in * interval '1 s', updated_at = now()
         FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
             reason text, wanted text, covered_by bigint, settled boolean, due_in float8)
@@ -481,8 +482,9 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
     rows = tx.all(
         f"""
         WITH q AS MATERIALIZED (
-            SELECT c.step_id, c.unit_id, c.requested, c.requested_for, c.run_id, c.wanted,
-                c.wanted_since, c.settling_since FROM coverage c
+            SELECT c.step_id, c.unit_id, c.requested, c.requested_for, c.run_id, c.wanted, c.wanted_since,
+                c.settling_since, c.paused_by, c.paused_reason, c.backfill_id
+            FROM coverage c
             JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
                 ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
             ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c)
@@ -493,6 +495,9 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             p.name AS pipeline, p.id AS pipeline_id, p.location_id, p.priority, p.stale_priority,
             p.enabled AND p.deleted_at IS NULL AS enabled,
             p.paused_by, p.paused_reason, p.trigger_type, p.trigger_config, now() AS now,
+            q.paused_by AS unit_paused_by, q.paused_reason AS unit_paused_reason, b.id AS backfill_id,
+            b.name AS backfill, b.priority AS backfill_priority, coalesce(b.paused_by, '') AS backfill_paused_by,
+            b.paused_reason AS backfill_paused_reason,
             u.key AS unit, u.members, u.digest, u.generation, cf.name AS config, cr.id AS config_id,
             cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
@@ -514,6 +519,7 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         LEFT JOIN run prev ON prev.id = q.run_id LEFT JOIN software_version pv ON pv.id = prev.software_version_id
         LEFT JOIN software psw ON psw.id = pv.software_id
         LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
+        LEFT JOIN backfill b ON b.id = q.backfill_id
         LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
         LEFT JOIN config cf ON cf.id = s.config_id
         LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision
@@ -726,6 +732,8 @@ def _situation(
     for what, by, reason in (
         ("pipeline", r.paused_by, r.paused_reason),
         ("step", r.step_paused_by, r.step_paused_reason),
+        ("unit", r.unit_paused_by, r.unit_paused_reason),
+        (f"backfill {r.backfill}", r.backfill_paused_by, r.backfill_paused_reason),
     ):
         if by:
             paused = f"{what} paused by {by}" + (f": {reason}" if reason else "")
@@ -767,7 +775,8 @@ def _situation(
         "result": str(result_hash(r.step, r.unit, wanted)),
         "software_version_id": version.id if version else None,
         "config_revision_id": r.config_id,
-        "priority": r.stale_priority if _reprocessed(r) and r.stale_priority is not None else r.priority,
+        "priority": _priority(r),
+        "backfill_id": r.backfill_id,
         "cpu": resources.cpu,
         "memory_gb": resources.memory_gb,
     }
@@ -777,7 +786,15 @@ def _situation(
     why = cause(accepted, *now_wanted, revoked=revoked)
     if r.requested_for and (r.requested or r.active_id):
         why += f"; {r.requested_for}"
+    if r.backfill_id:
+        why += f"; backfill {r.backfill}"
     return _Situation(facts, why, new_run)
+
+
+def _priority(r: Any) -> int:
+    if r.backfill_id:
+        return int(r.backfill_priority)
+    return int(r.stale_priority if _reprocessed(r) and r.stale_priority is not None else r.priority)
 
 
 def _without_copies(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, tuple[str, ...]]:

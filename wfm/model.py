@@ -94,6 +94,29 @@ class Standing(StrEnum):
     """Something must still be done, or decided."""
 
 
+class BackfillKind(StrEnum):
+    """What a backfill runs."""
+
+    MISSING = "missing"
+    """What has no result yet and has not failed."""
+    FAILED = "failed"
+    """What stopped after failures: another attempt."""
+    STALE = "stale"
+    """What has a result of older input, version or config."""
+    ALL = "all"
+    """All of these, and again what is covered."""
+
+
+class BackfillState(StrEnum):
+    """How far a backfill is."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    CANCELLED = "cancelled"
+    """Nothing more is begun; what had a slot goes on."""
+    DONE = "done"
+
+
 class TriggerType(StrEnum):
     """When gaps of a pipeline become runs."""
 

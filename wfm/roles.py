@@ -405,10 +405,7 @@ class WorkflowManager(_Quiet):
         busy = self._in_flight(tx)
         candidates = self._candidates(tx, busy)
         shares = self._shares(tx, candidates, busy)
-        pending = [
-            PendingRun(c.id, c.cpu, c.memory_gb, _pause(c), c.priority, (c.queue, f"step {c.step_id}"))
-            for c in candidates
-        ]
+        pending = [PendingRun(c.id, c.cpu, c.memory_gb, _pause(c), c.priority, _shares_of(c)) for c in candidates]
         used = Capacity(sum(b.runs for b in busy), sum(b.cpu for b in busy), sum(b.memory_gb for b in busy))
         chosen, waiting = admit(pending, used, self.limit, shares)
         said = {c.id: c.waiting_for for c in candidates}
@@ -431,27 +428,29 @@ class WorkflowManager(_Quiet):
                 ids=[i for i in news if i in mine],
                 reasons=[text for i, text in news.items() if i in mine],
             )
-        self._take_turns(tx, {c.queue for c in candidates if c.id in set(chosen) & mine})
+        self._take_turns(tx, {_shares_of(c)[0] for c in candidates if c.id in set(chosen) & mine})
         self._build(tx, [i for i in chosen if i in mine])
         return None
 
     def _in_flight(self, tx: Tx) -> Sequence[Any]:
-        """What the runs in flight take up, by step."""
+        """What the runs in flight take up, by step and backfill."""
         return tx.all(
             """
-            SELECT pipeline_id, step_id, count(*) AS runs, sum(cpu) AS cpu, sum(memory_gb) AS memory_gb FROM run
-            WHERE location_id = :loc AND state = ANY(:states) GROUP BY pipeline_id, step_id
+            SELECT pipeline_id, step_id, backfill_id, count(*) AS runs, sum(cpu) AS cpu, sum(memory_gb) AS memory_gb
+            FROM run WHERE location_id = :loc AND state = ANY(:states) GROUP BY pipeline_id, step_id, backfill_id
             """,
             loc=self.location,
             states=sorted(HOLDS_SLOT),
         )
 
     def _shares(self, tx: Tx, candidates: Sequence[Any], busy: Sequence[Any]) -> dict[str, Share]:
-        """The shares that candidates count in: their pipelines, which are their queues, and their steps."""
+        """The shares that candidates count in: their queues, pipelines and steps.
+
+        A pipeline is a queue, and each backfill of it is one of its own.
+        """
         runs: Counter[str] = Counter()
         for b in busy:
-            runs[f"pipeline {b.pipeline_id}"] += b.runs
-            runs[f"step {b.step_id}"] += b.runs
+            runs.update(dict.fromkeys(_shares_of(b), b.runs))
         served = {
             r.queue: r.served
             for r in tx.all(
@@ -461,9 +460,10 @@ class WorkflowManager(_Quiet):
         }
         shares = {}
         for c in candidates:
-            step = f"step {c.step_id}"
-            name = f"pipeline {c.pipeline}"
-            shares[c.queue] = Share(name, runs[c.queue], c.pipeline_most, c.weight, served.get(c.queue, 0.0))
+            queue, pipeline, step = _shares_of(c)
+            most, last = c.backfill_most, served.get(queue, 0.0)
+            shares[queue] = Share(f"backfill {c.backfill}", runs[queue], most, c.weight, last)
+            shares[pipeline] = Share(f"pipeline {c.pipeline}", runs[pipeline], c.pipeline_most)
             shares[step] = Share(f"step {c.pipeline}/{c.step}", runs[step], c.step_most)
         return shares
 
@@ -481,9 +481,12 @@ class WorkflowManager(_Quiet):
 
     def _candidates(self, tx: Tx, busy: Sequence[Any]) -> list[Any]:
         """The first of the PENDING runs that can start; where there is place left, others, to be told why they wait."""
-        can_start = (
-            "p.enabled AND p.paused_by = '' AND s.paused_by = '' AND r.cpu <= :cpu AND r.memory_gb <= :memory_gb"
-        )
+        can_start = """
+            p.enabled AND p.paused_by = '' AND s.paused_by = '' AND r.cpu <= :cpu AND r.memory_gb <= :memory_gb
+            AND NOT EXISTS (SELECT 1 FROM coverage c
+                WHERE (c.step_id, c.unit_id) = (r.step_id, r.unit_id) AND c.paused_by <> '')
+            AND NOT EXISTS (SELECT 1 FROM backfill b WHERE b.id = r.backfill_id AND b.paused_by <> '')
+        """
         first = self._first(tx, can_start, busy, CANDIDATES)
         left = CANDIDATES - len(first)
         return [*first, *(self._first(tx, f"NOT ({can_start})", busy, left) if left else ())]
@@ -497,23 +500,29 @@ class WorkflowManager(_Quiet):
         return tx.all(
             f"""
             WITH busy AS (SELECT * FROM unnest(CAST(:pipelines AS bigint[]), CAST(:steps AS bigint[]),
-                CAST(:runs AS bigint[])) AS b(pipeline_id, step_id, runs)),
+                CAST(:backfills AS bigint[]), CAST(:runs AS bigint[])) AS b(pipeline_id, step_id, backfill_id, runs)),
             front AS (
-                SELECT r.id, r.cpu, r.memory_gb, r.priority, r.waiting_for, r.step_id,
+                SELECT r.id, r.cpu, r.memory_gb, r.priority, r.waiting_for, r.step_id, p.id AS pipeline_id,
                     p.name AS pipeline, p.weight, p.max_in_flight AS pipeline_most, p.enabled, p.paused_by,
                     s.name AS step, s.max_in_flight AS step_most, s.paused_by AS step_paused_by,
-                    'pipeline ' || p.id AS queue,
-                    row_number() OVER (PARTITION BY p.id, r.priority ORDER BY r.id) AS turn,
+                    r.backfill_id, b.name AS backfill, b.max_in_flight AS backfill_most,
+                    coalesce(b.paused_by, '') AS backfill_paused_by, coalesce(c.paused_by, '') AS unit_paused_by,
+                    row_number() OVER (PARTITION BY p.id, r.backfill_id, r.priority ORDER BY r.id) AS turn,
                     row_number() OVER (PARTITION BY p.id ORDER BY r.priority DESC, r.id) + coalesce(bp.runs, 0)
                         > p.max_in_flight IS TRUE
                     OR row_number() OVER (PARTITION BY s.id ORDER BY r.priority DESC, r.id) + coalesce(bs.runs, 0)
-                        > s.max_in_flight IS TRUE AS over
+                        > s.max_in_flight IS TRUE
+                    OR row_number() OVER (PARTITION BY b.id ORDER BY r.priority DESC, r.id) + coalesce(bb.runs, 0)
+                        > b.max_in_flight IS TRUE AS over
                 FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
-                LEFT JOIN busy bs ON bs.step_id = s.id
+                LEFT JOIN (SELECT step_id, sum(runs) AS runs FROM busy GROUP BY 1) bs ON bs.step_id = s.id
                 LEFT JOIN (SELECT pipeline_id, sum(runs) AS runs FROM busy GROUP BY 1) bp ON bp.pipeline_id = p.id
                 CROSS JOIN LATERAL (SELECT * FROM run r
                     WHERE r.location_id = :loc AND r.step_id = s.id AND r.state = 'PENDING' AND {which}
-                    ORDER BY r.priority DESC, r.id LIMIT :most) r)
+                    ORDER BY r.priority DESC, r.id LIMIT :most) r
+                LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (r.step_id, r.unit_id) AND c.paused_by <> ''
+                LEFT JOIN backfill b ON b.id = r.backfill_id
+                LEFT JOIN (SELECT backfill_id, sum(runs) AS runs FROM busy GROUP BY 1) bb ON bb.backfill_id = b.id)
             SELECT * FROM front ORDER BY over, priority DESC, turn, id LIMIT :most
             """,
             loc=self.location,
@@ -521,6 +530,7 @@ class WorkflowManager(_Quiet):
             memory_gb=math.inf if self.limit.memory_gb is None else self.limit.memory_gb,
             pipelines=[b.pipeline_id for b in busy],
             steps=[b.step_id for b in busy],
+            backfills=[b.backfill_id for b in busy],
             runs=[b.runs for b in busy],
             most=most,
         )
@@ -579,6 +589,12 @@ class WorkflowManager(_Quiet):
         return {r.id for r in rows if r.revoked or wanted(r) != r.wanted}
 
 
+def _shares_of(row: Any) -> tuple[str, str, str]:
+    """The shares that a run counts in: its queue, its pipeline, its step."""
+    queue = f"queue {row.pipeline_id}" if row.backfill_id is None else f"backfill {row.backfill_id}"
+    return queue, f"pipeline {row.pipeline_id}", f"step {row.step_id}"
+
+
 def _pause(row: Any) -> str:
     if not row.enabled:
         return "the pipeline is disabled"
@@ -586,6 +602,10 @@ def _pause(row: Any) -> str:
         return f"pipeline paused by {row.paused_by}"
     if row.step_paused_by:
         return f"step paused by {row.step_paused_by}"
+    if row.unit_paused_by:
+        return f"unit paused by {row.unit_paused_by}"
+    if row.backfill_paused_by:
+        return f"backfill {row.backfill} paused by {row.backfill_paused_by}"
     return ""
 
 

@@ -33,6 +33,8 @@ from sqlalchemy.types import UserDefinedType
 from wfm.decide import DIGEST_MODULUS
 from wfm.model import (
     FINAL_STATES,
+    BackfillKind,
+    BackfillState,
     CoverageState,
     FanIn,
     OnStale,
@@ -532,6 +534,9 @@ coverage = Table(
     _digest("result", null=True),  # the accepted result's term in the digest of units that depend on it
     Column("requested", Boolean, nullable=False, server_default=text("false")),  # to run at once, whatever the trigger
     _text("requested_for"),  # who asked, or which time of a schedule
+    _ref("backfill_id", "backfill", null=True),  # the one that asks for it
+    _text("paused_by"),  # `wfm pause` of the unit alone
+    _text("paused_reason"),
     _time("due_at"),  # when the trigger-manager must look again
     _time("updated_at", now=True),
     # Whether what depends on it may read its accepted result.
@@ -544,6 +549,51 @@ coverage = Table(
     _one_of("state", CoverageState),
     CheckConstraint("state <> 'covered' OR (run_id IS NOT NULL AND result IS NOT NULL)", name="covered_by"),
     Index("ix_coverage_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    Index("ix_coverage_paused", "step_id", "unit_id", postgresql_where=text("paused_by <> ''")),
+)
+
+# --- backfills ---
+
+# A named piece of work over what there was when it began; new data does not change it.
+backfill = Table(
+    "backfill",
+    metadata,
+    _id(),
+    _ref("location_id", "data_location"),
+    Column("name", Text, nullable=False, unique=True),
+    _ref("pipeline_id", "pipeline"),
+    _ref("step_id", "reduction_step", null=True),  # None: all steps
+    _text("kind", None),
+    _json("selection"),  # wfm.backfill.Selection
+    Column("priority", Integer, nullable=False),
+    Column("max_in_flight", Integer),
+    _text("state", "running"),
+    _text("actor", None),
+    _text("reason"),
+    _text("paused_by"),
+    _text("paused_reason"),
+    _time("created_at", now=True),
+    _time("finished_at"),
+    _one_of("kind", BackfillKind),
+    _one_of("state", BackfillState),
+    CheckConstraint("max_in_flight >= 1", name="share"),
+    CheckConstraint("(state = 'paused') = (paused_by <> '')", name="paused"),
+    CheckConstraint("(state IN ('done', 'cancelled')) = (finished_at IS NOT NULL)", name="finished_at"),
+)
+
+backfill_unit = Table(
+    "backfill_unit",
+    metadata,
+    Column("backfill_id", BigInteger, ForeignKey("backfill.id"), primary_key=True),
+    Column("step_id", BigInteger, ForeignKey("reduction_step.id"), primary_key=True),
+    Column("unit_id", BigInteger, ForeignKey("unit.id"), primary_key=True),
+    Column("place", BigInteger, nullable=False),  # in its order; after all that it depends on
+    _text("state", "waiting"),
+    _text("note"),  # why it was left out, or failed
+    _one_of("state", ("waiting", "begun", "done", "failed", "skipped")),
+    Index(
+        "ix_backfill_unit_open", "backfill_id", "state", "place", postgresql_where=text("state IN ('waiting', 'begun')")
+    ),
 )
 
 # That nothing came where something was expected: from a module, or of a scheduled observation. One row, and one event,
@@ -615,6 +665,7 @@ run = Table(
     _ref("software_version_id", "software_version"),
     _ref("config_revision_id", "config_revision", null=True),
     Column("priority", Integer, nullable=False, server_default=text("0")),
+    _ref("backfill_id", "backfill", null=True),  # the one that it was last begun for
     Column("cpu", Double, nullable=False),
     Column("memory_gb", Double, nullable=False),
     # moved only through the chart

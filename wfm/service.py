@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from wfm import events
+from wfm import backfill, events
 from wfm.backends import open_backend
 from wfm.bus import Bus, Entry, RedisError, connect
 from wfm.charts import Chart, parse
@@ -435,6 +435,8 @@ def build(settings: Settings, role: Role, *, name: str = "worker", slots: int = 
     match role:
         case Role.TRIGGER_MANAGER:
             work = TriggerManager(settings)
+            feed = backfill.feeder(settings.processing_location_id)
+            work.sweeps.append(Sweep("backfills", settings.sweep_seconds, feed))
         case Role.WORKFLOW_MANAGER:
             work = WorkflowManager(settings, capacity(settings))
         case Role.WORKER:

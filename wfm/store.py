@@ -5,7 +5,7 @@ hand `Move`s to `Tx.move`, the only place where a run changes state. It applies 
 history, the events that the chart emits, the tasks that the new states need, and the coverage of the runs' own units,
 each with one set-based statement. What has to be published after the commit is in `Tx.outbox`, which is bounded.
 
-Lock order everywhere: location (the slots), coverage, run, task, event, each by id.
+Lock order everywhere: location (the slots), backfill, coverage, run, task, event, each by id.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class RunRow(Struct, frozen=True, kw_only=True):
     failures: int
     max_retries: int
     priority: int
+    backfill_id: int | None = None
     seconds_in_state: float
     waiting_for: str
     job: JobSpec | None
@@ -142,7 +143,7 @@ class TaskEnd(Struct, frozen=True):
 _RUN_SELECT = """
 SELECT r.id, r.location_id, r.pipeline_id, p.name AS pipeline, r.step_id, s.name AS step, s.final AS final_step,
        r.unit_id, u.key AS unit, r.generation, r.wanted, r.result::text AS result, r.state, r.version, r.chart_version,
-       r.attempt, r.failures, s.max_retries, r.priority,
+       r.attempt, r.failures, s.max_retries, r.priority, r.backfill_id,
        extract(epoch FROM now() - r.state_since)::float AS seconds_in_state, r.waiting_for, r.job, r.backend,
        r.handle, r.failure, r.message, r.exit_code, r.wall_seconds, r.cpu_hours, r.peak_memory_gb, r.node, r.evidence
 FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
@@ -154,6 +155,8 @@ _RUN_SETS = {
     "chart_version": "int",
     "attempt": "int",
     "failures": "int",
+    "priority": "int",
+    "backfill_id": "bigint",
     "waiting_for": "text",
     "job": "jsonb",
     "backend": "text",
@@ -394,7 +397,7 @@ class Tx:
 
         Args:
             rows: step_id, unit_id, pipeline_id, location_id, generation, wanted, result, software_version_id,
-                config_revision_id, priority, cpu, memory_gb.
+                config_revision_id, priority, cpu, memory_gb; backfill_id where it is of one.
 
         Returns:
             by (step, unit), the ids of the runs made.
@@ -404,16 +407,18 @@ class Tx:
         made = self.all(
             """
             INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
-                software_version_id, config_revision_id, priority, cpu, memory_gb, state, chart_version,
+                software_version_id, config_revision_id, priority, backfill_id, cpu, memory_gb, state, chart_version,
                 look_again_at, failures)
             SELECT location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
-                config_revision_id, priority, cpu, memory_gb, :initial, :chart, now() + :look * interval '1 s',
+                config_revision_id, priority, backfill_id, cpu, memory_gb, :initial, :chart,
+                now() + :look * interval '1 s',
                 coalesce((SELECT CASE o.failure WHEN :withdrawn THEN o.failures END FROM run o
                     WHERE (o.step_id, o.unit_id, o.wanted) = (g.step_id, g.unit_id, g.wanted)
                     ORDER BY o.id DESC LIMIT 1), 0)
             FROM (SELECT g.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
                 step_id bigint, unit_id bigint, generation bigint, wanted text, result numeric,
-                software_version_id bigint, config_revision_id bigint, priority int, cpu float8, memory_gb float8)
+                software_version_id bigint, config_revision_id bigint, priority int, backfill_id bigint, cpu float8,
+                memory_gb float8)
                 JOIN pipeline p ON p.id = g.pipeline_id AND p.deleted_at IS NULL FOR SHARE OF p) g
             ON CONFLICT DO NOTHING RETURNING id, step_id, unit_id
             """,

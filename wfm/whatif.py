@@ -29,7 +29,6 @@ from wfm.views import Estimate, StepCost
 
 T = TypeVar("T")
 
-T = TypeVar("T")
 
 ACTOR = Actor("what-if")
 

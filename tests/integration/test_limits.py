@@ -17,6 +17,10 @@ ONE = {"name": "one", "software": "gated", "group_by": ["raw_data_package"]}
 
 @pytest.fixture
 def cli(world: World) -> Cli:
+    return gated(world)
+
+
+def gated(world: World) -> Cli:
     """A system whose jobs end when a test lets them, with a grouping for each of the obs units old and new."""
     script = 'until [ -e "$WORKFLOW_ATTEMPT_DIRECTORY/go" ]; do sleep 0.05; done; : > "$WORKFLOW_OUTPUT_DIR/science/x"'
     version = {"version": "1.0.0", "command": ["/bin/sh", "-c", script]}
@@ -147,3 +151,45 @@ def test_shares_and_limits_are_checked_when_they_are_applied(cli, tmp_path):
     assert "p.yaml:4: weight: expected a number above 0 and up to 1000000, got '0'" in said
     assert "p.yaml:5: max_in_flight: expected a whole number from 1 to 1000000" in said
     assert "p.yaml:6: steps[0].max_in_flight: expected a whole number from 1 to 1000000" in said
+
+
+# --- pauses ---
+
+
+def test_a_paused_unit_lets_others_pass_until_it_is_resumed(world, cli):
+    world.environ["WFM_MAX_IN_FLIGHT"] = "1"
+    world.pipeline("maps", [ONE], grouping="old")
+    assert "unknown unit 'old01'" in cli("pause", "maps", "old01", code=3).stderr
+    with world.roles():
+        world.register(*packages(world, "old", 3))
+        wait_until(lambda: len(flying(cli)) == 1 and len(waits_for(cli, "maps")) == 1)
+        (first,) = flying(cli)
+        waiting = cli.json("runs", "list", "--state", "PENDING")
+        key = min(r["unit"] for r in waiting)
+        name = key[:5]
+        assert f"did you mean '{name}'" in cli("pause", "maps", f"{name}x", code=3).stderr
+        said = cli("pause", "maps/one", name, "--reason", "bad weather").stdout
+        assert said == f"maps/one {key} is paused; `wfm resume maps/one {key}` lets it go on\n"
+        next_ = take_place_of(world, cli, first)
+        assert next_["unit"] != key
+        let_end(world, next_["id"])
+        wait_until(lambda: "unit paused by" in "".join(waits_for(cli, "maps")) and not flying(cli))
+        (why,) = cli.json("why", "maps", name)
+        assert why["change"] == f"`wfm resume maps/one {key}`"
+        (paused,) = cli.json("status", code=None)["counts"]["paused"]
+        assert (paused["what"], paused["units"], paused["reason"]) == ("units of maps/one", 1, "bad weather")
+
+        # The run gives way to newer input, and the pause stays.
+        world.register(world.package(name, "changed", obs_unit="old"))
+        wait_until(lambda: cli.json("why", "maps", name)[0]["state"] == "held")
+        (why,) = cli.json("why", "maps", name)
+        assert (why["why"], why["change"]) == ("paused", f"`wfm resume maps/one {key}`")
+        assert why["reason"].endswith(": bad weather")
+
+        assert cli("resume", "maps", name).stdout == f"maps {key} goes on\n"
+        wait_until(lambda: len(flying(cli)) == 1)
+        let_end(world, *(r["id"] for r in flying(cli)))
+        wait_until(lambda: world.all_covered(3))
+        assert "was not paused" in cli("resume", "maps", name).stdout
+        assert "was not paused" in cli("resume", "maps").stdout
+        assert cli.json("status", code=None)["counts"]["paused"] == []

@@ -298,12 +298,12 @@ def test_a_package_that_changes_under_a_built_run_is_not_taken_for_the_old_one(w
 
 def test_pausing_starts_nothing_and_resuming_goes_on(world):
     world.pipeline("p", ONE)
-    world.act(lambda tx: acts.pause(tx, "p", None, ACTOR))
+    world.act(lambda tx: acts.pause(tx, "p", None, None, ACTOR))
     with world.roles():
         world.register(world.package("a"))
         wait_until(lambda: [c.why for c in world.coverage().values()] == ["paused"])
         assert not world.runs()
-        world.act(lambda tx: acts.resume(tx, "p", None, ACTOR))
+        world.act(lambda tx: acts.resume(tx, "p", None, None, ACTOR))
         wait_until(lambda: world.all_covered(1))
 
 
@@ -341,7 +341,7 @@ def test_runs_that_cannot_start_crowd_out_no_others(world, monkeypatch):
     with world.roles(Role.TRIGGER_MANAGER):
         world.register(*(world.package(f"a{i}") for i in range(3)))
         wait_until(lambda: world.states() == {("held", "PENDING"): 3, ("huge", "PENDING"): 3})
-    world.act(lambda tx: acts.pause(tx, "paused", None, ACTOR))
+    world.act(lambda tx: acts.pause(tx, "paused", None, None, ACTOR))
     world.pipeline("p", ONE)
     with world.roles():
         wait_until(lambda: world.states()["one", "COMPLETED"] == 3)

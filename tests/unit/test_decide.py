@@ -17,12 +17,14 @@ from wfm.decide import (
     GapFacts,
     MoveFacts,
     PendingRun,
+    Refill,
     Share,
     SoftwareVersion,
     Upstream,
 )
 from wfm.model import (
     REPEATABLE,
+    BackfillKind,
     CoverageState,
     FailureClass,
     FanIn,
@@ -284,6 +286,34 @@ def test_a_cause_names_everything_that_is_not_as_it_was():
         "stale: newer input; map 1.3.0 is wanted now; the config has a newer revision"
     )
     assert decide.cause(accepted, *now) == "stale: its result is gone"
+
+
+# --- backfills ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "why", "what"),
+    [
+        *((kind, CoverageState.ACTIVE, Why.RUN, Refill.FOLLOW) for kind in BackfillKind),
+        *((kind, CoverageState.EMPTY, Why.EMPTY, Refill.SKIP) for kind in BackfillKind),
+        (BackfillKind.MISSING, CoverageState.HELD, Why.MANUAL, Refill.ASK),
+        (BackfillKind.MISSING, CoverageState.WAITING, Why.UPSTREAM, Refill.ASK),
+        (BackfillKind.MISSING, CoverageState.COVERED, Why.COVERED, Refill.SKIP),
+        (BackfillKind.MISSING, CoverageState.BLOCKED, Why.FAILED, Refill.SKIP),
+        (BackfillKind.FAILED, CoverageState.BLOCKED, Why.FAILED, Refill.RETRY),
+        (BackfillKind.FAILED, CoverageState.BLOCKED, Why.CANCELLED, Refill.SKIP),
+        (BackfillKind.FAILED, CoverageState.HELD, Why.MANUAL, Refill.SKIP),
+        (BackfillKind.STALE, CoverageState.HELD, Why.MANUAL, Refill.ASK),
+        (BackfillKind.STALE, CoverageState.COVERED, Why.COVERED, Refill.SKIP),
+        (BackfillKind.ALL, CoverageState.COVERED, Why.COVERED, Refill.REDRIVE),
+        (BackfillKind.ALL, CoverageState.BLOCKED, Why.CANCELLED, Refill.RETRY),
+        (BackfillKind.ALL, CoverageState.BLOCKED, Why.UPSTREAM_FAILED, Refill.ASK),
+    ],
+)
+def test_what_a_backfill_does_with_a_unit(kind, state, why, what):
+    found, note = decide.refill(kind, state, why)
+    assert found is what
+    assert bool(note) == (what is Refill.SKIP)
 
 
 # --- admission ---

@@ -13,7 +13,21 @@ from typing import Any
 import click
 
 from wfm import __version__
-from wfm.cli import approve, context, data, definitions, events, nights, plan, revoke, runs, system, trial, upkeep
+from wfm.cli import (
+    approve,
+    backfill,
+    context,
+    data,
+    definitions,
+    events,
+    nights,
+    plan,
+    revoke,
+    runs,
+    system,
+    trial,
+    upkeep,
+)
 
 __all__ = ["main", "wfm"]
 
@@ -29,6 +43,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         definitions.pipelines,
         *(definitions.trigger, definitions.pause, definitions.resume, definitions.enable, definitions.disable),
         approve.approve,
+        backfill.backfill,
         runs.why,
         plan.plan,
         trial.try_,

@@ -317,28 +317,38 @@ def trigger(target: str, unit: str | None, reason: str, as_json: bool) -> None:
 
 @click.command()
 @_target
+@click.argument("unit", required=False)
 @context.reason
 @output.as_json
-def pause(target: str, reason: str, as_json: bool) -> None:
-    """Start nothing new in a pipeline or step; what runs goes on.
+def pause(target: str, unit: str | None, reason: str, as_json: bool) -> None:
+    """Start nothing new in a pipeline, a step or a unit; what runs goes on.
 
     \b
     Example:  wfm pause ngc253-co/map --reason "waiting for the new beam"
+              wfm pause ngc253-co/calibrate 0142
     """
     from wfm import acts
 
     pipeline, step = context.split(target)
+
+    def work(tx: Tx) -> str | None:
+        key = context.full_key(tx, pipeline, unit)
+        acts.pause(tx, pipeline, step, key, context.actor(reason))
+        return key
+
     with context.deployment() as d:
-        d.write(lambda tx: acts.pause(tx, pipeline, step, context.actor(reason)))
-    said = f"{target} is paused; `wfm resume {target}` lets it go on"
-    output.done(as_json, {"pipeline": pipeline, "step": step, "paused": True}, said)
+        key = d.write(work)
+    what = f"{target} {key}" if key else target
+    said = f"{what} is paused; `wfm resume {what}` lets it go on"
+    output.done(as_json, {"pipeline": pipeline, "step": step, "unit": key, "paused": True}, said)
 
 
 @click.command()
 @_target
+@click.argument("unit", required=False)
 @context.reason
 @output.as_json
-def resume(target: str, reason: str, as_json: bool) -> None:
+def resume(target: str, unit: str | None, reason: str, as_json: bool) -> None:
     """Undo `wfm pause`.
 
     \b
@@ -347,9 +357,16 @@ def resume(target: str, reason: str, as_json: bool) -> None:
     from wfm import acts
 
     pipeline, step = context.split(target)
+
+    def work(tx: Tx) -> tuple[str | None, bool]:
+        key = context.full_key(tx, pipeline, unit)
+        return key, acts.resume(tx, pipeline, step, key, context.actor(reason))
+
     with context.deployment() as d:
-        d.write(lambda tx: acts.resume(tx, pipeline, step, context.actor(reason)))
-    output.done(as_json, {"pipeline": pipeline, "step": step, "paused": False}, f"{target} goes on")
+        key, was = d.write(work)
+    what = f"{target} {key}" if key else target
+    said = f"{what} goes on" if was else f"{what} was not paused; `wfm status` lists what is"
+    output.done(as_json, {"pipeline": pipeline, "step": step, "unit": key, "paused": False, "was_paused": was}, said)
 
 
 @click.command()

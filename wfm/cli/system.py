@@ -440,6 +440,10 @@ def _show(s: Status) -> None:
         click.echo()
         waits = [(p.recipient, p.events, output.span(p.oldest_seconds)) for p in s.counts.pending]
         output.table(("EVENTS FOR", "PENDING", "OLDEST"), waits, empty="no event is pending")
+        if s.counts.paused:
+            click.echo()
+            paused = [(p.what, p.units, p.by, p.reason) for p in s.counts.paused]
+            output.table(("PAUSED", "UNITS", "BY", "REASON"), paused, empty="")
         if s.counts.dead_letters:
             click.echo(f"\n{output.plural(s.counts.dead_letters, 'dead letter')}: see `wfm events dead list`")
     if s.coverage is not None:

@@ -6,6 +6,7 @@ search path decides. A name that does not exist is a `NotFoundError` that gives 
 """
 
 from wfm.views.approvals import ApprovalLine, approvals
+from wfm.views.backfills import BackfillLine, BackfillNote, backfills
 from wfm.views.certificate import (
     Certificate,
     CertifiedPackage,
@@ -45,7 +46,17 @@ from wfm.views.ledger import (
     is_before,
     log_end,
 )
-from wfm.views.lists import Counts, DueTime, PackageLine, PendingLine, PipelineLine, counts, packages, pipelines
+from wfm.views.lists import (
+    Counts,
+    DueTime,
+    PackageLine,
+    PausedLine,
+    PendingLine,
+    PipelineLine,
+    counts,
+    packages,
+    pipelines,
+)
 from wfm.views.planned import AbsenceLine, PlanLine, absences, planned
 from wfm.views.provenance import LineageKind, LineageNode, find_product, lineage, mermaid, tree
 from wfm.views.run_lines import (
@@ -69,6 +80,8 @@ __all__ = [
     "START",
     "AbsenceLine",
     "ApprovalLine",
+    "BackfillLine",
+    "BackfillNote",
     "Certificate",
     "CertifiedPackage",
     "Counts",
@@ -88,6 +101,7 @@ __all__ = [
     "OpenUnit",
     "PackageLine",
     "PackageWhy",
+    "PausedLine",
     "PendingLine",
     "PipelineLine",
     "PlanLine",
@@ -107,6 +121,7 @@ __all__ = [
     "WhyLine",
     "absences",
     "approvals",
+    "backfills",
     "certificate",
     "counts",
     "coverage_summary",

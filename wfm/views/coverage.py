@@ -118,7 +118,7 @@ CHANGE: dict[Why, str] = {
     Why.APPROVAL: "`wfm approve {pipeline}/{step}`, or for this one alone `wfm trigger {pipeline}/{step} {unit}`;"
     " until then its older result counts",
     Why.REVOKED: "`wfm approve {pipeline}/{step}`; its older result does not count",
-    Why.PAUSED: "`wfm resume {paused}`",
+    Why.PAUSED: "`wfm {paused}`",
     Why.DISABLED: "{enable}",
     Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
     Why.CANCELLED: "`wfm runs retry {failed}`; or new input, version or config",
@@ -162,6 +162,8 @@ class _Situation(WhyLine, frozen=True, kw_only=True):
     trigger_config: Schedule
     fan_in: FanIn
     now: datetime
+    unit_paused: bool
+    paused_backfill: str
 
 
 def why(
@@ -216,8 +218,11 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
                 AND r.state IN {_ACTIVE}) a) AS active,
             (SELECT to_jsonb(f) FROM ({_FAILED}) f) AS failed,
             s.id AS step_id, u.id AS unit_id, s.active AS step_active,
-            p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused, p.trigger_config,
-            s.fan_in, now() AS now
+            p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused,
+            coalesce(c.paused_by, '') <> '' AS unit_paused, coalesce((SELECT b.name FROM backfill b
+                WHERE b.state = 'paused' AND b.id = coalesce(c.backfill_id, (SELECT r.backfill_id FROM run r
+                    WHERE (r.step_id, r.unit_id) = (s.id, u.id) AND r.state IN {_ACTIVE}))), '') AS paused_backfill,
+            p.trigger_config, s.fan_in, now() AS now
         FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
         JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
         LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
@@ -333,9 +338,12 @@ def _origins(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, i
 
 def _change(s: _Situation) -> str:
     """The sentence of `CHANGE` for this situation."""
-    paused = [s.pipeline] * s.pipeline_paused + [f"{s.pipeline}/{s.step}"] * s.step_paused
+    paused = [f"resume {s.pipeline}"] * s.pipeline_paused + [f"resume {s.pipeline}/{s.step}"] * s.step_paused
+    paused += [f"resume {s.pipeline}/{s.step} {s.unit}"] * s.unit_paused
+    paused += [f"backfill resume {s.paused_backfill}"] * bool(s.paused_backfill)
+    why = Why.PAUSED if paused and s.active and s.active.state is RunState.PENDING else s.why
     upstream = [f"run {u.run} ({u.step} {u.unit})" if u.run else f"{u.step} {u.unit} ({u.why})" for u in s.upstream]
-    return CHANGE[s.why].format(
+    return CHANGE[why].format(
         pipeline=s.pipeline,
         step=s.step,
         unit=s.unit,
@@ -352,7 +360,7 @@ def _change(s: _Situation) -> str:
         total=s.upstream_total,
         upstream=", ".join(upstream) + (", ..." if len(upstream) < s.upstream_open else "") or "none known yet",
         due=f"at {s.due_at:%Y-%m-%d %H:%M:%S} UTC" if s.due_at else "soon",
-        paused="` and `wfm resume ".join(paused) or s.pipeline,
+        paused="` and `wfm ".join(paused) or f"resume {s.pipeline}",
         enable=f"`wfm enable {s.pipeline}`" if s.step_active else f"apply {s.pipeline} with the step {s.step} in it",
         next=next_times(s.trigger_config, s.now) if s.why is Why.NOT_DUE else "",
     )

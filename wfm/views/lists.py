@@ -153,13 +153,23 @@ class PendingLine(Struct, frozen=True):
     oldest_seconds: float
 
 
+class PausedLine(Struct, frozen=True):
+    """A pipeline, step or backfill that is paused, or so many units of a step; by whom, and why, where it is one."""
+
+    what: str
+    units: int | None
+    by: str
+    reason: str
+
+
 class Counts(Struct, frozen=True, kw_only=True):
-    """How a location stands: runs by state (each state is there), tasks by kind and state, what waits to be handled."""
+    """How a location stands: runs by state (each state is there), tasks by kind and state, what waits or is paused."""
 
     runs: dict[RunState, int]
     tasks: dict[str, dict[str, int]]
     pending: list[PendingLine]
     dead_letters: int
+    paused: list[PausedLine] = []
 
 
 def counts(conn: Connection, location_id: int) -> Counts:
@@ -197,4 +207,23 @@ def counts(conn: Connection, location_id: int) -> Counts:
         tasks=dict(tasks),
         pending=pending,
         dead_letters=dead,
+        paused=_rows(conn, PausedLine, _PAUSED, loc=location_id),
     )
+
+
+_PAUSED = """
+SELECT 'pipeline ' || p.name AS what, CAST(NULL AS bigint) AS units, p.paused_by AS by, p.paused_reason AS reason
+FROM pipeline p WHERE p.location_id = :loc AND p.deleted_at IS NULL AND p.paused_by <> ''
+UNION ALL
+SELECT 'step ' || p.name || '/' || s.name, NULL, s.paused_by, s.paused_reason
+FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
+WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND s.paused_by <> ''
+UNION ALL
+SELECT 'units of ' || p.name || '/' || s.name, count(*), min(c.paused_by), min(c.paused_reason)
+FROM coverage c JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
+WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND c.paused_by <> '' GROUP BY p.name, s.name
+UNION ALL
+SELECT 'backfill ' || b.name, NULL, b.paused_by, b.paused_reason
+FROM backfill b WHERE b.location_id = :loc AND b.state = 'paused'
+ORDER BY what
+"""
