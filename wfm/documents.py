@@ -165,7 +165,7 @@ class Config(Struct, frozen=True, kw_only=True):
 
 
 class Grouping(Struct, frozen=True, kw_only=True):
-    """A data grouping; each rule as in `wfm.grouping.Rule`."""
+    """A data grouping; each rule as in `wfm.grouping.Rule` or `wfm.grouping.AnyOf`."""
 
     name: Label
     description: str = ""

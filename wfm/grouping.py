@@ -57,7 +57,7 @@ Way: TypeAlias = "tuple[Column[Any], ...]"
 """Foreign keys from the package to a table."""
 
 
-def target(edge: Column[Any]) -> Table:
+def _target(edge: Column[Any]) -> Table:
     """The table that a foreign key refers to."""
     (key,) = edge.foreign_keys
     return key.column.table
@@ -77,7 +77,7 @@ def search(start: Table) -> dict[str, Way]:
         for column in table.c:
             if not column.foreign_keys or not column.info.get("followed", True):
                 continue
-            goal, way = target(column), (*found[table.name], column)
+            goal, way = _target(column), (*found[table.name], column)
             if goal.name in found:
                 ways = " and ".join(" > ".join(map(str, w)) or "itself" for w in (found[goal.name], way))
                 message = f"two ways lead from {start.name} to {goal.name}: {ways}"
@@ -88,7 +88,7 @@ def search(start: Table) -> dict[str, Way]:
 
 
 WAYS = search(raw_data_package)
-TABLES: dict[str, Table] = {name: target(way[-1]) if way else raw_data_package for name, way in WAYS.items()}
+TABLES: dict[str, Table] = {name: _target(way[-1]) if way else raw_data_package for name, way in WAYS.items()}
 """The tables that rules may look at."""
 
 _KINDS: dict[type, str] = {
@@ -451,7 +451,7 @@ def determines(finer: Sequence[str], coarser: Sequence[str]) -> list[str]:
     ``coarser`` may depend on one grouped by ``finer``.
     """
     keys = {t.name for d in _dimensions(finer).values() if d.key for t in d.tables}
-    passed = {name: {raw_data_package.name, *(target(edge).name for edge in way)} for name, way in WAYS.items()}
+    passed = {name: {raw_data_package.name, *(_target(edge).name for edge in way)} for name, way in WAYS.items()}
     coarse = _dimensions(coarser)
     return [d for d in coarser if d not in finer and not all(keys & passed[t.name] for t in coarse[d].tables)]
 
@@ -531,7 +531,7 @@ def joined(rules: Sequence[Condition], dims: Sequence[str] = ()) -> FromClause:
     tables = [rule.table for rule in leaves(rules)] + [t.name for d in _dimensions(dims).values() for t in d.tables]
     result: FromClause = raw_data_package
     for edge in dict.fromkeys(edge for name in tables for edge in WAYS[name]):
-        result = result.outerjoin(target(edge), edge == target(edge).c.id)
+        result = result.outerjoin(_target(edge), edge == _target(edge).c.id)
     return result
 
 

@@ -108,6 +108,15 @@ def test_plan_names_what_is_held_and_why(world: World, cli: Cli) -> None:
     assert "0 runs would start in all; cost: nothing" in cli("plan").stdout
 
 
+def test_plan_leads_to_the_rule_that_no_package_passes(world: World, cli: Cli) -> None:
+    world.register(world.package("a"))
+    cli("apply", "-f", "-", stdin=dedent(RULES))
+    world.pipeline("p", [SCAN, MAP], grouping="g")
+    said = cli("plan").stdout
+    assert said.count("p: no package fits; `wfm plan p --explain` counts what each rule lets through") == 1
+    assert "rule 2 matches nothing; packages have: NGC253" in cli("plan", "p", "--explain").stdout
+
+
 def test_wrong_usage_of_plan(world: World, cli: Cli) -> None:
     world.pipeline("p", [SCAN])
     assert "did you mean 'p'" not in cli("plan", "nosuch", code=3).stderr

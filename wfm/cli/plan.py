@@ -59,7 +59,9 @@ def _show(found: Plan) -> None:
         for s in found.steps
         for g in s.gaps
     ]
-    output.table(("STEP", "UNITS", "NOW", "WHY", "UNIT"), rows, empty="no units: no data fits yet")
+    output.table(("STEP", "UNITS", "NOW", "WHY", "UNIT"), rows, empty="no units")
+    for name in dict.fromkeys(s.pipeline for s in found.steps if not s.units):
+        click.echo(f"\n{name}: no package fits; `wfm plan {name} --explain` counts what each rule lets through")
     for s in found.steps:
         if s.starts:
             click.echo(f"\n{s.pipeline}/{s.step}: {output.plural(s.starts, 'run')} would start; cost: {s.cost}")
