@@ -405,7 +405,13 @@ def _check_step(step: Step, steps: Mapping[str, Step], note: _NoteAt) -> None:
             finer = ", ".join(steps[name].group_by) or "nothing"
             for dimension in grouping.determines(steps[name].group_by, step.group_by):
                 text = f"is grouped by {dimension}, which the units of {name!r} (grouped by {finer}) do not determine"
-                note(("depends_on", n), f"step {step.name!r} {text}: a step must be as coarse as what it depends on")
+                given = steps[name].group_by
+                also = [d for d in grouping.DIMENSIONS if not grouping.determines([*given, d], [dimension])]
+                advice = f"; group {name!r} also by one of: {', '.join(also)}" if also else ""
+                note(
+                    ("depends_on", n),
+                    f"step {step.name!r} {text}: a step must be as coarse as what it depends on{advice}",
+                )
     if step.fan_in is not FanIn.ALL and not step.depends_on:
         note(("fan_in",), f"fan_in: {step.fan_in}, but step {step.name!r} depends on no other step")
     at_most = step.settle_at_most_seconds

@@ -42,6 +42,7 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.sql.elements import _truncated_label  # a name that is cut where it is longer than Postgres allows
 
 from wfm.errors import nearest
 from wfm.schema import executed_obs_unit, obs_unit, raw_data_package, site
@@ -499,8 +500,8 @@ def select_packages(
         values: keep only packages of the units with these values (a mapping has every dimension; None is NULL).
 
     Returns:
-        Columns ``id`` and ``item`` of raw_data_package, then one text per dimension in canonical order, named by
-        `label`. A package comes once or not at all; a revoked one not at all.
+        Columns ``id`` and ``item`` of raw_data_package, then one text per dimension in canonical order. A
+        package comes once or not at all; a revoked one not at all.
     """
     found = _dimensions(dims)
     columns = {name: d.value for name, d in found.items()}
@@ -510,20 +511,12 @@ def select_packages(
     if values is not None:
         conditions.append(_among(columns, values))
     return (
-        select(raw_data_package.c.id, raw_data_package.c.item, *(c.label(label(d)) for d, c in columns.items()))
+        select(
+            raw_data_package.c.id, raw_data_package.c.item, *(c.label(_truncated_label(d)) for d, c in columns.items())
+        )
         .select_from(joined(rules, dims))
         .where(*conditions)
     )
-
-
-_LONGEST_NAME = 63
-"""Bytes of a name in Postgres."""
-
-
-def label(dim: str) -> str:
-    """The name of a dimension's column: its own, unless that is longer than Postgres allows."""
-    size = len(dim.encode())
-    return dim if size <= _LONGEST_NAME else f"dimension {hashlib.sha256(dim.encode()).hexdigest()[:32]}"
 
 
 def joined(rules: Sequence[Condition], dims: Sequence[str] = ()) -> FromClause:
@@ -561,8 +554,8 @@ def _among(
         conditions: list[ColumnElement[bool]] = [columns[d].is_(None) for d in nulls]
         if given:
             arrays = (literal([v[d] for v in some], ARRAY(Text)) for d in given)
-            wanted = func.unnest(*arrays).table_valued(*map(label, given)).render_derived()
-            conditions.append(tuple_(*(columns[d] for d in given)).in_(select(*(wanted.c[label(d)] for d in given))))
+            wanted = func.unnest(*arrays).table_valued(*(f"v{n}" for n, _ in enumerate(given))).render_derived()
+            conditions.append(tuple_(*(columns[d] for d in given)).in_(select(*wanted.c)))
         return and_(true(), *conditions)
 
     return or_(*(matches(nulls, some) for nulls, some in by_nulls.items())) if by_nulls else ~true()

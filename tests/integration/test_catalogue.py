@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
-from sqlalchemy import Connection, Engine, event, insert, text
+from sqlalchemy import Connection, Engine, event, func, insert, select, text
 
 from tests.services import Servers
 from wfm import catalogue, documents, grouping, schema, yamltext
@@ -385,6 +385,9 @@ READABLE: list[Any] = [
     *("2025-02-29", "1900-02-29", "2025-06-31", "0000-01-01", "2025-13-01", "2025-06-01T24:00:00", "now", "20250601"),
     *("1e3", "-.5", "1.", "+7", ".", "1e", "0x1f", "1e9999", "NaN", "inf", " 1", "1_000", "٣", "true", "False", "t"),
 ]
+PART = "instrument_configuration"
+LONG = f"{PART}.{PART}.{PART}"
+"""Longer than a name can be in Postgres."""
 TIMES = [datetime(2025, 6, 1, 4), datetime(2025, 6, 1, 4, 0, 0, 1), datetime(2025, 6, 2), None]
 NAMES = ["NGC253", "ngc253", "M31", "Zoë", "a_c", "abc", "100%"]
 
@@ -435,7 +438,7 @@ def _world(conn: Connection) -> list[dict[str, dict[str, Any]]]:
                 "size": i,
                 "item": (1 << 127) + i,
                 "state": ["archived", "failed", "waiting"][i % 3],
-                "metadata": {"r": READABLE[i % len(READABLE)]}
+                "metadata": {"r": READABLE[i % len(READABLE)], PART: {PART: {PART: {"v": i % 2, "w": i % 3}}}}
                 | ({} if i % 19 == 18 else {"v": SCALARS[i % 19], "deep": {"v": SCALARS[-i % 18]}}),
             }
             for i in range(57)
@@ -567,6 +570,7 @@ DIMENSIONS = [
     *grouping.DIMENSIONS,
     *("source.type", "raw_data_package.size", "raw_data_package.metadata:v", "raw_data_package.metadata:deep.v"),
     "obs_unit.metadata:v",
+    *(f"raw_data_package.metadata:{LONG}.{key}" for key in ("v", "w")),
 ]
 
 
@@ -629,8 +633,8 @@ def _rules() -> st.SearchStrategy[Condition]:
     return rules | members.map(lambda m: AnyOf(tuple(m)))
 
 
-def _units(found: Sequence[Any]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row._mapping.items() if k not in ("id", "item")} for row in found]
+def _units(found: Sequence[Any], dims: Sequence[str]) -> list[dict[str, Any]]:
+    return [dict(zip(sorted(dims), row[2:], strict=True)) for row in found]
 
 
 def test_sql_and_plain_python_agree(conn: Connection) -> None:
@@ -656,11 +660,15 @@ def test_sql_and_plain_python_agree(conn: Connection) -> None:
             if _all_hold(rules, reached) and (ids is None or p["id"] in ids):
                 wanted.append((p["id"], p["item"], *values))
         found = conn.execute(select_packages(rules, dims, package_ids=ids)).all()
+        within = select_packages(rules, dims, package_ids=ids).subquery()
+        by_unit = [within.c[d] for d in dims]
+        counted = conn.execute(select(func.count(), *by_unit).select_from(within).group_by(*by_unit))
+        assert sum(row[0] for row in counted) == len(wanted)
         assert sorted(map(tuple, found), key=repr) == sorted(wanted, key=repr)
         if units is not None:
-            some_units = _units(found)[:units]
+            some_units = _units(found, dims)[:units]
             kept = conn.execute(select_packages(rules, dims, package_ids=ids, values=some_units)).all()
-            expected = [row for row, u in zip(found, _units(found), strict=True) if u in some_units]
+            expected = [row for row, u in zip(found, _units(found, dims), strict=True) if u in some_units]
             assert sorted(kept, key=repr) == sorted(expected, key=repr)
 
     agree()

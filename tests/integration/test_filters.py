@@ -235,6 +235,7 @@ def test_units_by_source_and_night(world: World, cli: Cli) -> None:
     assert _nights(world) == {"2025-06-01-ngc253": {"a", "b"}, "2025-06-02-ngc253": {"c"}}
     said = apply(cli, text.replace("executed_obs_unit, instrument_module", "executed_obs_unit"), code=2).stderr
     assert "is grouped by night, which the units of 'scan' (grouped by executed_obs_unit) do not determine" in said
+    assert "group 'scan' also by one of: raw_data_package, instrument_module, instrument, site, night" in said
     said = apply(cli, place.replace("America/Santiago", "Santiago"), code=2).stderr
     assert "standard input:4: unknown time zone 'Santiago'" in said
 

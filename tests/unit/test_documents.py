@@ -156,7 +156,8 @@ def test_five_faults_in_one_pipeline_are_five_faults_with_their_lines() -> None:
         "chai.yaml:9: steps[0].max_retries: expected a whole number from 0 to 1000, got '-1'",
         "chai.yaml:12: 'newest' is not a version such as 1.4.0",
         "chai.yaml:13: step 'map' is grouped by line, which the units of 'calibrate' (grouped by source) do not "
-        "determine: a step must be as coarse as what it depends on",
+        "determine: a step must be as coarse as what it depends on; group 'calibrate' also by one of: "
+        "raw_data_package, executed_obs_unit, obs_unit, line",
         "chai.yaml:16: environment: WORKFLOW_INPUT_DIR belongs to wfm: WORKFLOW_* cannot be set",
     ]
 

@@ -22,7 +22,6 @@ from wfm.grouping import (
     canonical,
     determines,
     in_order,
-    label,
     rule_faults,
     rules_from,
     search,
@@ -246,13 +245,6 @@ def test_faults_of_dimensions_of_columns(bad: str, text: str) -> None:
     (fault,) = validate_group_by([bad])
     assert fault.startswith(f"dimension {bad!r}: ")
     assert text in fault
-
-
-def test_a_dimension_with_a_long_name_has_a_label_that_postgres_can_hold() -> None:
-    long = "raw_data_package.metadata:" + "a." * 50 + "b"
-    assert label("raw_data_package.metadata:band") == "raw_data_package.metadata:band"
-    assert len(label(long)) <= 63
-    assert label(long) != label(long + "b")
 
 
 def test_the_catalogue_is_found_by_search() -> None:
