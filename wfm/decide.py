@@ -320,6 +320,7 @@ class GapFacts(Struct, frozen=True):
 
     Attributes:
         not_due: with trigger CRON, the next time and its expression. requested: somebody, or that time, asked for it.
+        orphaned: what the step is grouped by now, if this unit is none of these.
         accepted_results: number of upstream results that the accepted run read; counted for fan-in other than all.
         quiet_seconds: since what is wanted last changed.
         settling_seconds: since nothing but settling keeps it from running.
@@ -335,6 +336,7 @@ class GapFacts(Struct, frozen=True):
     active: ActiveRun | None = None
     ended: EndedRun | None = None
     step_active: bool = True
+    orphaned: str = ""
     enabled: bool = True
     paused: str = ""
     trigger: TriggerType = TriggerType.CONTINUOUS
@@ -352,6 +354,11 @@ class GapFacts(Struct, frozen=True):
     """Stale, with the same raw data, and not approved: why."""
     revoked: bool = False
     """The result that the unit has must not be used."""
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether the pipeline has no such pair any more."""
+        return not self.step_active or bool(self.orphaned)
 
 
 class GapDecision(Struct, frozen=True):
@@ -423,7 +430,8 @@ def _partial(f: GapFacts) -> str:
 
 def gap(f: GapFacts) -> GapDecision:
     """Whether a unit is covered, and if not, why nothing runs or that a run starts now."""
-    withdraw = f.active.id if f.active and f.active.state in _NOT_STARTED and f.active.wanted != f.wanted else None
+    unwanted = f.unwanted or (f.active and f.active.wanted != f.wanted)
+    withdraw = f.active.id if f.active and f.active.state in _NOT_STARTED and unwanted else None
     if withdraw is None:
         return _gap(f, None)
     # Who asked for the run that is withdrawn asked for the one that takes its place.
@@ -444,6 +452,8 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
             Why.NEWER_INPUT,
             f"newer input, version or config waits for run {f.active.id}",
         )
+    if f.orphaned:
+        return say(CoverageState.EMPTY, Why.ORPHANED, f"its step is grouped by {f.orphaned} now")
     if f.members == 0:
         return say(CoverageState.EMPTY, Why.EMPTY, "no raw data package belongs to this unit any more")
     if not f.step_active:

@@ -382,7 +382,12 @@ def _evaluate(tx: Tx, pairs: Sequence[Pair], actor: Actor, done: Evaluated) -> l
     starting = [pair for pair, d in decisions.items() if d.run]
     for pair, names in _without_copies(tx, starting).items():
         decisions[pair] = gap(msgspec.structs.replace(facts[pair].facts, missing_copies=names))
-    _withdraw(tx, [d.withdraw for d in decisions.values() if d.withdraw], actor, done)
+    for unwanted, reason in (
+        (False, "newer input, version or config arrived before it started"),
+        (True, "its step or unit is no longer part of its pipeline"),
+    ):
+        ids = [d.withdraw for p, d in decisions.items() if d.withdraw and facts[p].facts.unwanted is unwanted]
+        _withdraw(tx, ids, reason, actor, done)
     made: dict[Pair, int] = {}
     by_reason: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for pair, d in decisions.items():
@@ -394,8 +399,7 @@ def _evaluate(tx: Tx, pairs: Sequence[Pair], actor: Actor, done: Evaluated) -> l
     return _write(tx, facts, decisions, made)
 
 
-def _withdraw(tx: Tx, ids: Sequence[int], actor: Actor, done: Evaluated) -> None:
-    reason = "newer input, version or config arrived before it started"
+def _withdraw(tx: Tx, ids: Sequence[int], reason: str, actor: Actor, done: Evaluated) -> None:
     runs = tx.lock_runs(ids, coverage=False)
     moved, _ = tx.move(
         [
@@ -498,7 +502,7 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             q.paused_by AS unit_paused_by, q.paused_reason AS unit_paused_reason, b.id AS backfill_id,
             b.name AS backfill, b.priority AS backfill_priority, coalesce(b.paused_by, '') AS backfill_paused_by,
             b.paused_reason AS backfill_paused_reason,
-            u.key AS unit, u.members, u.digest, u.generation, cf.name AS config, cr.id AS config_id,
+            s.dims, s.group_by, u.dims AS unit_dims, u.key AS unit, u.members, u.digest, u.generation, cf.name AS config, cr.id AS config_id,
             cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
             a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
             prev.id AS prev_id, prev.wanted AS prev_wanted, prev.generation AS prev_generation,
@@ -750,6 +754,7 @@ def _situation(
         active=ActiveRun(r.active_id, RunState(r.active_state), r.active_wanted) if r.active_id else None,
         ended=ended,
         step_active=r.step_active,
+        orphaned="" if r.unit_dims == r.dims else ", ".join(r.group_by) or "nothing",
         enabled=r.enabled,
         paused=paused,
         trigger=TriggerType(r.trigger_type),

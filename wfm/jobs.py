@@ -306,6 +306,11 @@ def build_spec(facts: JobFacts) -> JobSpec:
     )
 
 
+def built_for(spec: JobSpec) -> tuple[str, bool]:
+    """The name of the step that a job was built for, and whether it was final; its pipeline may have changed since."""
+    return spec.environment["WORKFLOW_STEP"], spec.environment["WORKFLOW_OUTPUT_DIR"] == f"{spec.directory}/{OUTPUT}"
+
+
 def manifest(plan: StagePlan) -> dict[str, Any]:
     """Content of ``config/manifest.json``: all that the software needs to know.
 

@@ -6,6 +6,7 @@ Each is a `wfm.tasks.Kind`: set-based reads, an effect without the database, set
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -21,7 +22,7 @@ from wfm.collect import Collected, collect
 from wfm.config import Settings
 from wfm.decide import MoveFacts, Verdict, backoff, judge
 from wfm.errors import HeldError, InputError, OutputError, UnavailableError, WfmError
-from wfm.jobs import InputFile, InputProduct, JobFacts, StagePlan, attempt_directory
+from wfm.jobs import OUTPUT, WORKSPACE, InputFile, InputProduct, JobFacts, StagePlan, attempt_directory, built_for
 from wfm.model import (
     Actor,
     FailureClass,
@@ -123,7 +124,9 @@ class Stage(_Base):
         plans = {}
         for task, run in runs.items():
             assert run.job is not None
-            plans[task] = StagePlan(run.job, facts[run.id], tuple(files[run.id]), tuple(products[run.id]))
+            step, final = built_for(run.job)
+            as_built = msgspec.structs.replace(facts[run.id], step=step, final=final)
+            plans[task] = StagePlan(run.job, as_built, tuple(files[run.id]), tuple(products[run.id]))
         return plans
 
     def perform(self, work: Sequence[StagePlan], alive: Callable[[], bool]) -> Sequence[Any]:
@@ -253,14 +256,17 @@ def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
 
 
 def input_products(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputProduct]]:
-    """By run, the intermediate products of the upstream runs it reads."""
+    """By run, the products of the upstream runs it reads, by their path below what was the step's output directory.
+
+    Of a run that was made when its step was final these lie elsewhere, and are of any type.
+    """
     rows = tx.all(
         """
         SELECT i.run_id, ur.id AS upstream_id, s.name AS step, u.key AS unit, dp.type, dp.path, dp.size, dp.checksum,
             pc.path AS place
         FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id JOIN reduction_step s ON s.id = ur.step_id
         JOIN unit u ON u.id = ur.unit_id JOIN data_product dp ON dp.run_id = ur.id
-            AND dp.attempt = i.upstream_attempt AND dp.type = 'INTERMEDIATE'
+            AND dp.attempt = i.upstream_attempt AND dp.type <> 'LOG'
         JOIN physical_copy pc ON pc.product_id = dp.id AND pc.location_id = ur.location_id
         WHERE i.run_id = ANY(:ids) ORDER BY i.run_id, s.position, u.key, dp.path
         """,
@@ -274,7 +280,7 @@ def input_products(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputProduc
                 step=r.step,
                 unit=r.unit,
                 type=r.type,
-                name=r.path.removeprefix(f"workspace/{r.step}/"),
+                name=re.sub(f"^({WORKSPACE}/[^/]+|{OUTPUT})/", "", r.path),
                 path=r.place,
                 size=r.size,
                 checksum=r.checksum,
@@ -425,8 +431,9 @@ class Collect(_Base):
 
     def prepare(self, tx: Tx, tasks: Sequence[TaskRow]) -> Mapping[int, _Collection]:
         return {
-            task: _Collection(run.ref.directory, run.step, run.final_step)
+            task: _Collection(run.job.directory, *built_for(run.job))
             for task, run in _runs_of(tx, tasks, RunState.COLLECTING_RESULTS).items()
+            if run.job
         }
 
     def perform(self, work: Sequence[_Collection], alive: Callable[[], bool]) -> Sequence[Any]:

@@ -50,7 +50,7 @@ class CoverageState(StrEnum):
     HELD = "held"
     """Nothing runs because somebody said so: paused, disabled, manual only."""
     EMPTY = "empty"
-    """The unit has no members any more."""
+    """Nothing is to be covered: the unit has no members any more, or its step is grouped otherwise."""
 
 
 class Why(StrEnum):
@@ -79,6 +79,7 @@ class Why(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     EMPTY = "empty"
+    ORPHANED = "orphaned"
 
 
 class Standing(StrEnum):

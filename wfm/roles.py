@@ -344,8 +344,14 @@ class TriggerManager(_Quiet):
         return None
 
 
-def every_pair(tx: Tx, location_id: int, pipelines: Iterable[int] | None) -> set[gaps.Pair]:
-    """All pairs of these pipelines (of all of the location, for None), with every package of the catalogue folded."""
+def every_pair(
+    tx: Tx, location_id: int, pipelines: Iterable[int] | None, in_time: Callable[[], None] = lambda: None
+) -> set[gaps.Pair]:
+    """All pairs of these pipelines (of all of the location, for None), with every package of the catalogue folded.
+
+    Args:
+        in_time: called now and then; raises when it takes too long.
+    """
     some = None if pipelines is None else sorted(pipelines)
     last = 0
     while True:
@@ -354,6 +360,7 @@ def every_pair(tx: Tx, location_id: int, pipelines: Iterable[int] | None) -> set
         ]
         if not ids:
             break
+        in_time()
         gaps.fold(tx, location_id, ids, some)
         last = ids[-1]
     rows = tx.all(
@@ -362,6 +369,12 @@ def every_pair(tx: Tx, location_id: int, pipelines: Iterable[int] | None) -> set
         JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
         WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids))
             AND (s.active OR EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id) = (s.id, u.id)))
+        UNION ALL
+        -- Units of steps that are grouped otherwise now, until that is noted.
+        SELECT s.id, u.id FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
+        JOIN unit u ON u.pipeline_id = p.id AND u.dims <> s.dims
+        JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id) AND c.why <> 'orphaned'
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids))
         """,
         loc=location_id,
         any=some is None,
@@ -545,7 +558,7 @@ class WorkflowManager(_Quiet):
         moves = []
         for i, run in runs.items():
             if i in stale:
-                reason = "its inputs changed before it was built"
+                reason = "its inputs, or its pipeline, changed before it was built"
                 sets: dict[str, Any] = {"failure": WITHDRAWN, "message": reason}
                 moves.append(Move(run, "withdraw", Actor(self.actor.name, reason), sets=sets))
             else:
@@ -555,12 +568,14 @@ class WorkflowManager(_Quiet):
     def _pin_inputs(self, tx: Tx, ids: Sequence[int]) -> set[int]:
         """Link the upstream results that runs read; returns the runs that are not wanted any more.
 
-        These no longer give their digest, or something they would use was revoked.
+        These no longer give their digest, or something they would use was revoked, or their pipeline has no such step
+        or unit any more.
         """
         link_upstream(tx, ids)
         rows = tx.all(
             """
-            SELECT r.id, r.step_id, r.unit_id, r.wanted, s.fan_in, u.digest, u.members, sw.name AS software, sv.version,
+            SELECT r.id, r.step_id, r.unit_id, r.wanted, s.active AND u.dims = s.dims AS part, s.fan_in,
+                u.digest, u.members, sw.name AS software, sv.version,
                 coalesce(cr.hash, '') AS config, sv.state = 'revoked' OR cr.revoked_by <> '' AS revoked,
                 us.name AS step,
                 (SELECT coalesce(sum(ur.result), 0) % :modulus
@@ -586,7 +601,7 @@ class WorkflowManager(_Quiet):
             now = wanted_digest(*own, upstream[r.id], r.software, r.version, r.config)
             return in_place_of_revoked(now, revoked[r.step_id, r.unit_id])
 
-        return {r.id for r in rows if r.revoked or wanted(r) != r.wanted}
+        return {r.id for r in rows if not r.part or r.revoked or wanted(r) != r.wanted}
 
 
 def _shares_of(row: Any) -> tuple[str, str, str]:

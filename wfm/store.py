@@ -60,7 +60,6 @@ class RunRow(Struct, frozen=True, kw_only=True):
     pipeline: str
     step_id: int
     step: str
-    final_step: bool
     unit_id: int
     unit: str
     generation: int
@@ -141,7 +140,7 @@ class TaskEnd(Struct, frozen=True):
 
 
 _RUN_SELECT = """
-SELECT r.id, r.location_id, r.pipeline_id, p.name AS pipeline, r.step_id, s.name AS step, s.final AS final_step,
+SELECT r.id, r.location_id, r.pipeline_id, p.name AS pipeline, r.step_id, s.name AS step,
        r.unit_id, u.key AS unit, r.generation, r.wanted, r.result::text AS result, r.state, r.version, r.chart_version,
        r.attempt, r.failures, s.max_retries, r.priority, r.backfill_id,
        extract(epoch FROM now() - r.state_since)::float AS seconds_in_state, r.waiting_for, r.job, r.backend,

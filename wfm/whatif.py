@@ -231,6 +231,85 @@ _PLAN_ORDER = (
 )
 
 
+# --- what becomes of units ---
+
+
+class StepEffect(Struct, frozen=True):
+    """What changed definitions make of the units of a step, before anything runs.
+
+    Attributes:
+        stale: units that were covered and are not any more.
+        new: units that it did not have.
+        orphaned: units that it has no more, or that it had when it was still part of its pipeline.
+        runs: active runs that are withdrawn, or whose result will not be the one that is wanted.
+    """
+
+    pipeline: str
+    step: str
+    stale: int
+    new: int
+    orphaned: int
+    runs: int
+
+
+EFFECT_SECONDS = 10.0
+"""How long `wfm apply` and `wfm diff` may take to say what becomes of units, while others wait for what they hold."""
+
+
+def effects(store: Store, changed: Documents, location_id: int) -> list[StepEffect]:
+    """What applying documents does to the units of the pipelines that they touch, by the real gap engine, and undone.
+
+    Steps that nothing happens to are left out. Holds the same as `what_if` meanwhile.
+
+    Raises:
+        DocumentError: the documents do not fit the database.
+        UnavailableError: it took longer than `EFFECT_SECONDS`, or others held for so long what it needs.
+    """
+
+    def work(tx: Tx, in_time: Callable[[], None]) -> list[StepEffect]:
+        tx.run(
+            f"""
+            CREATE TEMPORARY TABLE before_change ON COMMIT DROP AS
+            SELECT c.step_id, c.unit_id, c.state, s.active AND u.dims = s.dims AS part, r.id AS run_id
+            FROM coverage c JOIN reduction_step s ON s.id = c.step_id JOIN unit u ON u.id = c.unit_id
+            JOIN pipeline p ON p.id = s.pipeline_id AND p.location_id = {location_id:d} AND p.deleted_at IS NULL
+            LEFT JOIN run r ON (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.finished_at IS NULL
+            """
+        )
+        applied = documents.apply(tx.conn, changed, location_id=location_id, actor=ACTOR.name)
+        if not applied.pipeline_ids_changed:
+            return []
+        pairs = sorted(every_pair(tx, location_id, applied.pipeline_ids_changed, in_time))
+        for start in range(0, len(pairs), gaps.CHUNK):
+            in_time()
+            gaps.evaluate(tx, pairs[start : start + gaps.CHUNK], ACTOR)
+        return _effects(tx, applied.pipeline_ids_changed)
+
+    return undone(store, work, EFFECT_SECONDS, "`wfm plan` shows it after the change")
+
+
+def _effects(tx: Tx, pipelines: Sequence[int]) -> list[StepEffect]:
+    rows = tx.all(
+        """
+        SELECT * FROM (
+            SELECT p.name AS pipeline, s.name AS step, s.position,
+                count(*) FILTER (WHERE z.here AND b.state = 'covered' AND c.state <> 'covered') AS stale,
+                count(*) FILTER (WHERE z.here AND NOT coalesce(b.part AND b.state <> 'empty', false)) AS new,
+                count(*) FILTER (WHERE NOT z.here AND b.part AND b.state <> 'empty') AS orphaned,
+                count(b.run_id) FILTER (WHERE NOT z.here OR r.finished_at IS NOT NULL OR c.why = 'newer_input') AS runs
+            FROM coverage c JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
+            JOIN unit u ON u.id = c.unit_id
+            LEFT JOIN before_change b ON (b.step_id, b.unit_id) = (c.step_id, c.unit_id)
+            LEFT JOIN run r ON r.id = b.run_id
+            CROSS JOIN LATERAL (SELECT s.active AND u.dims = s.dims AND c.state <> 'empty' AS here) z
+            WHERE s.pipeline_id = ANY(:ids) GROUP BY p.name, s.id) e
+        WHERE stale + new + orphaned + runs > 0 ORDER BY pipeline, position, step
+        """,
+        ids=list(pipelines),
+    )
+    return [StepEffect(r.pipeline, r.step, r.stale, r.new, r.orphaned, r.runs) for r in rows]
+
+
 # --- other definitions ---
 
 

@@ -372,4 +372,4 @@ def test_what_a_map_reads_is_checked_against_what_it_was_made_for(world: World, 
     with world.roles(Role.WORKFLOW_MANAGER):
         wait_until(lambda: world.states()["map", "CANCELLED"] == 1)
     (run,) = cli.json("runs", "list", "--step", "map")
-    assert run["message"] == "its inputs changed before it was built"
+    assert run["message"] == "its inputs, or its pipeline, changed before it was built"

@@ -146,7 +146,7 @@ def test_a_new_version_makes_every_step_run_again_one_after_the_other(world):
         (1, "p", "one", "a", stale),
         (1, "p", "one", "b", stale),
         (1, "p", "one", "c", stale),
-        (2, "p", "two", "all", stale),
+        (2, "p", "two", "all", "stale: newer input; copy 1.1.0 is wanted now"),
     ]
     assert (found.gone, found.shifts, found.packages) == ([], [], None)
     assert asked(world).added == []

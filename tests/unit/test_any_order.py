@@ -92,6 +92,10 @@ SETTINGS = load({"WFM_LEASE_SECONDS": "3600", "WFM_MAX_TASK_TRIES": "3", "WFM_RE
 CHARTS = service.load_charts()
 CHART: Chart = CHARTS[max(CHARTS)]
 STEPS: dict[str, tuple[str, ...]] = {"scan": (), "map": ("scan",)}
+BUILT = {
+    "scan": {"WORKFLOW_STEP": "scan", "WORKFLOW_OUTPUT_DIR": "//workspace/scan"},
+    "map": {"WORKFLOW_STEP": "map", "WORKFLOW_OUTPUT_DIR": "//output"},
+}
 SLOTS = 3
 RETRIES = 1
 
@@ -216,7 +220,6 @@ class ModelTx(Tx):
                 "pipeline": "p",
                 "step": pair[0],
                 "unit": pair[1],
-                "final_step": pair[0] == "map",
                 "wanted": wanted,
                 "result": result_hash(*pair, wanted),
                 "state": CHART.initial,
@@ -698,12 +701,12 @@ class Workflow(_Quiet):
         for run in tx.lock_runs(chosen).values():
             pinned = tx.db.pinned[run.id] = self.world.inputs((run.step, run.unit))
             if pinned.digest(run.step) != run.wanted:
-                sets = {"failure": WITHDRAWN, "message": "its inputs changed before it was built"}
+                sets = {"failure": WITHDRAWN, "message": "its inputs, or its pipeline, changed before it was built"}
                 tx.move([Move(run, "withdraw", PERSON, sets=sets)])
             else:
                 name = job_name(1, run.id, run.attempt)
                 # "/" is there already: nothing is made where a cancellation makes the directory.
-                job = JobSpec(name, "/", ("true",), {}, "/", Resources())
+                job = JobSpec(name, "/", ("true",), BUILT[run.step], "/", Resources())
                 tx.move([Move(run, "build", PERSON, sets={"job": job})])
 
 

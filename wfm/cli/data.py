@@ -148,7 +148,7 @@ def _add_documents(files: Sequence[str], reason: str, as_json: bool) -> None:
     if others := sorted({d.kind for d in read.items} - {"raw_data_package"}):
         raise UsageError(f"documents of kind {', '.join(others)} are for `wfm apply -f`")
     with deployment_for(read) as d:
-        effect = d.write(lambda tx: apply_documents(tx, read, d.location, reason))
+        effect = d.write(lambda tx: apply_documents(tx, read, d.location, [], reason))
     counts: dict[str, int] = defaultdict(int)
     for change in effect.changes:
         counts[change.action] += 1

@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from wfm.documents import Change, Documents
     from wfm.store import Tx
     from wfm.views import CoverageLine
+    from wfm.whatif import StepEffect
 
 
 # --- documents ---
 
 
 class Effect(Struct, frozen=True):
-    """What applying some documents does: each change, and how the pipelines that it touches stand."""
+    """What applying some documents does: each change, and how the pipelines that it touches stand.
+
+    Attributes:
+        steps: what becomes of their units and runs; None if that took too long to find out.
+    """
 
     changes: list[Change]
     pipelines: list[CoverageLine]
+    steps: list[StepEffect] | None
 
 
 def read_documents(files: Sequence[str]) -> Documents:
@@ -68,7 +74,21 @@ def deployment_for(read: Documents) -> Iterator[context.Deployment]:
         raise
 
 
-def apply_documents(tx: Tx, read: Documents, location_id: int, reason: str = "") -> Effect:
+def effects(d: context.Deployment, read: Documents) -> list[StepEffect] | None:
+    """What becomes of units and runs; None, with a warning, where the catalogue is too large to find out in time."""
+    from wfm import whatif
+    from wfm.errors import UnavailableError
+
+    try:
+        return whatif.effects(d.store, read, d.location)
+    except UnavailableError as e:
+        output.warn(f"what becomes of units was not counted: {str(e).partition(',')[0]}")
+        return None
+
+
+def apply_documents(
+    tx: Tx, read: Documents, location_id: int, steps: list[StepEffect] | None, reason: str = ""
+) -> Effect:
     """Apply documents in a transaction."""
     from wfm import documents, views
 
@@ -76,10 +96,10 @@ def apply_documents(tx: Tx, read: Documents, location_id: int, reason: str = "")
     applied = documents.apply(tx.conn, read, location_id=location_id, actor=actor.name, reason=actor.reason)
     tx.load_events(applied.event_ids)
     if not applied.pipeline_ids_changed:
-        return Effect(applied.changes, [])
+        return Effect(applied.changes, [], steps)
     touched = {r.name for r in tx.all("SELECT name FROM pipeline WHERE id = ANY(:i)", i=applied.pipeline_ids_changed)}
     coverage = views.coverage_summary(tx.conn, location_id)
-    return Effect(applied.changes, [line for line in coverage if line.pipeline in touched])
+    return Effect(applied.changes, [line for line in coverage if line.pipeline in touched], steps)
 
 
 def show_effect(effect: Effect, *, verbs: dict[str, str]) -> None:
@@ -91,6 +111,10 @@ def show_effect(effect: Effect, *, verbs: dict[str, str]) -> None:
     if effect.pipelines:
         click.echo("\nunits of the pipelines that this touches, by what they are now:")
         show_coverage(effect.pipelines)
+    if effect.steps:
+        click.echo("\nwhat becomes of units and active runs:")
+        rows = [(f"{s.pipeline}/{s.step}", s.stale, s.new, s.orphaned, s.runs) for s in effect.steps]
+        output.table(("STEP", "STALE", "NEW", "ORPHANED", "RUNS AFFECTED"), rows, empty="")
 
 
 def _brief(value: Any) -> str:
@@ -120,7 +144,8 @@ def apply(files: tuple[str, ...], more: tuple[str, ...], reason: str, as_json: b
     """
     read = read_documents([*files, *more])
     with deployment_for(read) as d:
-        effect = d.write(lambda tx: apply_documents(tx, read, d.location, reason))
+        steps = effects(d, read)
+        effect = d.write(lambda tx: apply_documents(tx, read, d.location, steps, reason))
     if as_json:
         output.document(effect)
     else:
@@ -138,9 +163,11 @@ def diff(files: tuple[str, ...], more: tuple[str, ...], as_json: bool) -> None:
     Example:  wfm diff -f pipelines/*.yaml
     """
     read = read_documents([*files, *more])
-    with deployment_for(read) as d, d.read() as tx:
-        effect = apply_documents(tx, read, d.location)
-        tx.conn.rollback()
+    with deployment_for(read) as d:
+        steps = effects(d, read)
+        with d.read() as tx:
+            effect = apply_documents(tx, read, d.location, steps)
+            tx.conn.rollback()
     if as_json:
         output.document(effect)
     else:

@@ -122,6 +122,7 @@ CHANGE: dict[Why, str] = {
     Why.DISABLED: "{enable}",
     Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
     Why.CANCELLED: "`wfm runs retry {failed}`; or new input, version or config",
+    Why.ORPHANED: "nothing is to be done, its results stay; grouped as before, they count again",
     Why.EMPTY: "a raw data package that belongs to this unit",
 }
 """What would change each reason; `_change` fills in the particulars."""
@@ -224,9 +225,10 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
                     WHERE (r.step_id, r.unit_id) = (s.id, u.id) AND r.state IN {_ACTIVE}))), '') AS paused_backfill,
             p.trigger_config, s.fan_in, now() AS now
         FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
-        JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
+        JOIN unit u ON u.pipeline_id = p.id
         LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
-        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (u.members > 0 OR c.step_id IS NOT NULL) AND {where}
+        WHERE (u.dims = s.dims OR c.step_id IS NOT NULL) AND p.location_id = :loc AND p.deleted_at IS NULL
+            AND (u.members > 0 OR c.step_id IS NOT NULL) AND {where}
         ORDER BY array_position(CAST(:severity AS text[]), coalesce(c.state, 'waiting')), p.name, s.position, u.key
         LIMIT :limit
         """,
@@ -408,7 +410,13 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
     )
     revoked = package["revoked_by"] and f"revoked by {package['revoked_by']}: {package['revoked_reason']}"
     member = "SELECT unit_id FROM unit_member WHERE package_id = :package AND removed IS NULL"
-    units = _why(conn, f"s.active AND u.id IN ({member})", limit=10_000, loc=location_id, package=package["id"])
+    units = _why(
+        conn,
+        f"s.active AND u.dims = s.dims AND u.id IN ({member})",
+        limit=10_000,
+        loc=location_id,
+        package=package["id"],
+    )
     others = _all(
         conn,
         f"""
