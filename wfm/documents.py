@@ -792,6 +792,7 @@ def _pipeline_faults(conn: Connection, pipelines: Sequence[_Compared], planned: 
         return planned[kind, name] if (kind, name) in planned else _read(conn, kind, [name]).get(name, {})
 
     for c in pipelines:
+        yield from _campaign_faults(conn, c)
         name, location = c.change.name, c.new["location"]
         if location is None:
             yield c.document.fault(("location",), "location: name one; this instance's own is not in the catalogue")
@@ -810,6 +811,18 @@ def _pipeline_faults(conn: Connection, pipelines: Sequence[_Compared], planned: 
             if software and pinned and step.version not in versions:
                 message = unknown(f"version of {step.software!r}", step.version, versions)
                 yield c.document.fault(("steps", n, "version"), message)
+
+
+_CAMPAIGN_MAY_CHANGE = {"description", "enabled", "priority"}
+
+
+def _campaign_faults(conn: Connection, c: _Compared) -> Iterator[Fault]:
+    p = schema.pipeline.c
+    changed = {d.field.split(".")[0] for d in c.change.differences} - _CAMPAIGN_MAY_CHANGE
+    frozen = select(p.id).where(p.name == c.change.name, p.frozen_at.is_not(None))
+    if changed and conn.scalar(frozen) is not None:
+        message = f"pipeline {c.change.name!r} is a campaign: its {', '.join(sorted(changed))} cannot change any more"
+        yield c.document.fault((), f"{message}; `wfm campaign create` makes another one")
 
 
 def _home_of_runs(conn: Connection, pipeline: str) -> str | None:

@@ -131,6 +131,19 @@ class PipelineFired(Event, frozen=True, tag="pipeline.fired", kw_only=True):
     units: int = 0
 
 
+class CampaignCreated(Event, frozen=True, tag="campaign.created", kw_only=True):
+    """A set of packages and pinned versions was frozen, to be processed as a pipeline of its own.
+
+    Attributes:
+        pipeline: name of the campaign. template: name of the pipeline that it was made from.
+        packages: how many.
+    """
+
+    pipeline: str
+    template: str
+    packages: int
+
+
 class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
     """Something that a PENDING run may have waited for is free."""
 
@@ -207,6 +220,7 @@ AnyEvent = (
     | DataBack
     | ObservationLost
     | PipelineFired
+    | CampaignCreated
     | SlotFreed
     | GapDetected
     | JobBuilt

@@ -123,7 +123,8 @@ def _pipelines(tx: Tx, location_id: int, ids: Collection[int] | None) -> list[_P
             (SELECT array_agg(u.dims) FROM step_dependency d JOIN reduction_step u ON u.id = d.upstream_id
              WHERE d.step_id = s.id AND u.dims <> s.dims) AS finer
         FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id JOIN reduction_step s ON s.pipeline_id = p.id
-        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND (:any OR p.id = ANY(:ids))
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND p.frozen_at IS NULL AND s.active
+            AND (:any OR p.id = ANY(:ids))
         ORDER BY p.id, s.position
         """,
         loc=location_id,
@@ -527,8 +528,9 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         LEFT JOIN backfill b ON b.id = q.backfill_id
         LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
         LEFT JOIN config cf ON cf.id = s.config_id
-        LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision
-            WHERE config_id = s.config_id AND revoked_by = '' ORDER BY revision DESC LIMIT 1) cr ON true
+        LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision WHERE config_id = s.config_id
+                AND revoked_by = '' AND (s.config_revision_id IS NULL OR id = s.config_revision_id)
+            ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL (
             SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
                 SELECT us.name AS step, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts

@@ -350,6 +350,7 @@ pipeline = Table(
     Column("stale_priority", Integer),  # of runs for data that have a result already; None: the same
     _text("paused_by"),  # empty: not paused
     _text("paused_reason"),
+    _time("frozen_at"),  # a campaign: since then no package joins or leaves its units
     _time("deleted_at"),
     _one_of("trigger_type", TriggerType),
     CheckConstraint("weight > 0 AND max_in_flight >= 1", name="share"),
@@ -363,6 +364,17 @@ schedule = Table(
     _json("config"),
     Column("due_at", DateTime(timezone=True), nullable=False),
     _time("fired_for"),  # the last time that was due and has had its firing
+)
+
+campaign = Table(
+    "campaign",
+    metadata,
+    Column("pipeline_id", BigInteger, ForeignKey("pipeline.id"), primary_key=True),
+    _ref("template_id", "pipeline"),
+    Column("packages", BigInteger, nullable=False),
+    _text("actor", None),
+    _text("reason"),
+    _time("created_at", now=True),
 )
 
 reduction_step = Table(
@@ -380,6 +392,7 @@ reduction_step = Table(
     _text("version"),
     _ref("config_id", "config", null=True),
     _text("fan_in", FanIn.ALL),
+    _ref("config_revision_id", "config_revision", null=True),  # of a campaign; else the newest counts
     _json("resources"),
     _json("environment"),
     Column("max_retries", Integer, nullable=False, server_default=text("3")),

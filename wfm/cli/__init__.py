@@ -16,6 +16,7 @@ from wfm import __version__
 from wfm.cli import (
     approve,
     backfill,
+    campaigns,
     context,
     data,
     definitions,
@@ -47,6 +48,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         runs.why,
         plan.plan,
         trial.try_,
+        campaigns.campaign,
     ),
     "Nights": (nights.coverage, nights.waive),
     "Runs and results": (runs.runs, runs.lineage, events.events),

@@ -7,6 +7,16 @@ search path decides. A name that does not exist is a `NotFoundError` that gives 
 
 from wfm.views.approvals import ApprovalLine, approvals
 from wfm.views.backfills import BackfillLine, BackfillNote, backfills
+from wfm.views.campaigns import (
+    CampaignDetail,
+    CampaignLine,
+    CampaignProduct,
+    CampaignStep,
+    ReasonLine,
+    campaign,
+    campaign_products,
+    campaigns,
+)
 from wfm.views.certificate import (
     Certificate,
     CertifiedPackage,
@@ -82,6 +92,10 @@ __all__ = [
     "ApprovalLine",
     "BackfillLine",
     "BackfillNote",
+    "CampaignDetail",
+    "CampaignLine",
+    "CampaignProduct",
+    "CampaignStep",
     "Certificate",
     "CertifiedPackage",
     "Counts",
@@ -106,6 +120,7 @@ __all__ = [
     "PipelineLine",
     "PlanLine",
     "ProductLine",
+    "ReasonLine",
     "RuleCount",
     "RunBrief",
     "RunDetail",
@@ -122,6 +137,9 @@ __all__ = [
     "absences",
     "approvals",
     "backfills",
+    "campaign",
+    "campaign_products",
+    "campaigns",
     "certificate",
     "counts",
     "coverage_summary",

@@ -104,6 +104,9 @@ def last_night(conn: Connection) -> date:
     return today - timedelta(days=1 if now["now"] >= night_bounds(today)[0] else 2)
 
 
+_ASKED = f"p.frozen_at IS NULL AND {_OF_PIPELINE}"
+"""Campaigns are no part of a night: what they hold was chosen, and says how far it is by itself."""
+
 _PACKAGES_OF_NIGHT = """
 SELECT k.id, k.name FROM raw_data_package k JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id
 WHERE e.started_at >= :start AND e.started_at < :end
@@ -189,7 +192,7 @@ def _look(conn: Connection, asked: Mapping[str, object]) -> tuple[list[_Package]
                 EXISTS (SELECT 1 FROM waiver w WHERE (w.step_id, w.unit_id) = (s.id, u.id) AND {IN_FORCE}) AS waived
             FROM (SELECT DISTINCT unit_id FROM member) x JOIN unit u ON u.id = x.unit_id
             JOIN pipeline p ON p.id = u.pipeline_id AND p.location_id = :loc AND p.enabled AND p.deleted_at IS NULL
-                AND {_OF_PIPELINE}
+                AND {_ASKED}
             JOIN reduction_step s ON s.pipeline_id = p.id AND s.dims = u.dims AND s.active
             LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)),
         pending AS MATERIALIZED (SELECT DISTINCT (body ->> 'raw_data_package')::bigint AS package_id FROM event
@@ -220,7 +223,7 @@ def _not_sorted(conn: Connection, packages: Sequence[_Package], asked: Mapping[s
         conn,
         f"""
         SELECT p.id, g.rules FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id
-        WHERE p.location_id = :loc AND p.enabled AND p.deleted_at IS NULL AND {_OF_PIPELINE}
+        WHERE p.location_id = :loc AND p.enabled AND p.deleted_at IS NULL AND {_ASKED}
             AND EXISTS (SELECT 1 FROM reduction_step s WHERE s.pipeline_id = p.id AND s.active)
         """,
         loc=asked["loc"],

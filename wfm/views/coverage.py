@@ -420,7 +420,7 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
     others = _all(
         conn,
         f"""
-        SELECT p.name, p.enabled, g.name AS "grouping", g.rules
+        SELECT p.name, p.enabled, p.frozen_at IS NOT NULL AS campaign, g.name AS "grouping", g.rules
         FROM pipeline p JOIN data_grouping g ON g.id = p.grouping_id
         WHERE p.location_id = :loc AND p.deleted_at IS NULL
             AND p.id NOT IN (SELECT pipeline_id FROM unit WHERE id IN ({member}))
@@ -436,6 +436,8 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
             reason = f"the package is {revoked}"
         elif p["name"] in rejecting:
             reason = f"grouping {p['grouping']} rejects it: {rejecting[p['name']]}"
+        elif p["campaign"]:
+            reason = "this campaign was frozen without it"
         else:
             reason = f"grouping {p['grouping']} selects it, but its arrival is not sorted yet"
         not_selected.append(NotSelected(p["name"], reason if p["enabled"] else f"{reason}; the pipeline is disabled"))
@@ -446,7 +448,7 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
             summary += f"; {', '.join(containing)} are about to let it go"
     elif containing:
         summary = f"{len(units)} (step, unit) pairs of {', '.join(containing)} contain it"
-    elif any(p["enabled"] and p["name"] not in rejecting for p in others):
+    elif any(p["enabled"] and not p["campaign"] and p["name"] not in rejecting for p in others):
         summary = "its arrival is not sorted yet"
     else:
         summary = "no enabled pipeline of this location selects it"
