@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check bench chaos recovery mutants clean help
+.PHONY: demo test check bench bench-gaps chaos recovery mutants clean help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,6 +24,11 @@ check: $(VENV)/.dev ## style, strict types, import contract, statecharts
 
 bench: $(VENV)/.dev ## hand-over times, idle cost, runs per second: REPORT=FILE
 	$(BIN)/python benchmarks/main_path.py $(if $(REPORT),--report $(REPORT)) $(ARGS)
+
+SIZES ?= 10000 100000 1000000
+
+bench-gaps: $(VENV)/.dev ## the gap engine at 10,000 to 1,000,000 packages: SIZES="..." REPORT=FILE
+	$(BIN)/python benchmarks/gaps.py $(SIZES) $(if $(REPORT),--report $(REPORT)) $(ARGS)
 
 MINUTES ?= 10
 _CHAOS = $(BIN)/python -m tests.faults.chaos $(if $(SEED),--seed $(SEED)) $(if $(REPORT),--report $(REPORT))

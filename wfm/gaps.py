@@ -1,15 +1,17 @@
 """The gap engine: packages into units, units into coverage, gaps into runs.
 
 Truth is level-triggered: what must run is derived from the catalogue and from coverage, never from the order of
-messages. An event only says where to look first. Three functions, all set-based, all repeatable:
+messages. An event only says where to look first. Four functions, all set-based, all repeatable:
 
 * `fold` brings the member sets of units up to date for some packages;
 * `evaluate` decides for some (step, unit) pairs what coverage says, and turns gaps into runs;
-* `pairs_below` names the pairs that depend on others.
+* `pairs_below` names the pairs that depend on others;
+* `reconcile` compares everything with the catalogue, and does the first two where something differs.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
@@ -17,8 +19,11 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from sqlalchemy import BigInteger, ColumnElement, FromClause, Numeric, and_, any_, func, literal, or_, select
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.dialects.postgresql import ARRAY
 
-from wfm import grouping
+from wfm import grouping, schema
 from wfm.decide import (
     DIGEST_MODULUS,
     AcceptedRun,
@@ -42,7 +47,6 @@ from wfm.decide import (
     wanted_digest,
 )
 from wfm.model import (
-    FINAL_STATES,
     Actor,
     CoverageState,
     FanIn,
@@ -57,6 +61,8 @@ from wfm.model import (
 from wfm.schema import UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN, Move, Tx, encode, result_hash
 from wfm.views.cost import step_costs
+
+log = logging.getLogger(__name__)
 
 Pair = tuple[int, int]
 """(step id, unit id)"""
@@ -85,6 +91,11 @@ class _Pipeline(Struct, frozen=True):
     """(finer, coarser) dims of steps that depend on each other."""
 
 
+def _group_bys(pipeline: _Pipeline) -> dict[str, list[str]]:
+    """By dims, the dimensions."""
+    return {s.dims: s.group_by for s in pipeline.steps}
+
+
 def fold(tx: Tx, location_id: int, packages: Collection[int], pipelines: Collection[int] | None = None) -> set[Pair]:
     """Bring the member sets of units up to date for these packages.
 
@@ -100,8 +111,15 @@ def fold(tx: Tx, location_id: int, packages: Collection[int], pipelines: Collect
     if not ids:
         return touched
     for pipeline in _pipelines(tx, location_id, pipelines):
-        for start in range(0, len(ids), CHUNK):
-            touched |= _fold(tx, pipeline, ids[start : start + CHUNK])
+        touched |= _fold_ids(tx, pipeline, ids)
+    return touched
+
+
+def _fold_ids(tx: Tx, pipeline: _Pipeline, packages: Collection[int]) -> set[Pair]:
+    ids = sorted(set(packages))
+    touched: set[Pair] = set()
+    for start in range(0, len(ids), CHUNK):
+        touched |= _fold(tx, pipeline, ids[start : start + CHUNK])
     return touched
 
 
@@ -109,10 +127,12 @@ def _fold(tx: Tx, pipeline: _Pipeline, ids: Sequence[int]) -> set[Pair]:
     touched: set[Pair] = set()
     before: dict[str, Mapping[int, int]] = {}
     after: dict[str, Mapping[int, int]] = {}
-    for dims, group_by in {s.dims: s.group_by for s in pipeline.steps}.items():
+    empty: list[int] = []
+    for dims, group_by in _group_bys(pipeline).items():
         before[dims], after[dims], changed = _fold_dims(tx, pipeline, dims, group_by, ids)
         touched |= {(s.id, u) for s in pipeline.steps if s.dims == dims for u in changed}
-    _fold_edges(tx, pipeline.nested, before, after)
+        empty += [u for u, members in changed.items() if not members]
+    _fold_edges(tx, pipeline.nested, before, after, empty)
     return touched
 
 
@@ -141,11 +161,11 @@ def _pipelines(tx: Tx, location_id: int, ids: Collection[int] | None) -> list[_P
 
 def _fold_dims(
     tx: Tx, pipeline: _Pipeline, dims: str, group_by: Sequence[str], ids: Sequence[int]
-) -> tuple[dict[int, int], dict[int, int], set[int]]:
+) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
     """One member set per unit of these dimensions.
 
     Returns:
-        the unit of each package before; the unit of each package now; units that changed.
+        the unit of each package before; the unit of each package now; the members of each unit that changed.
     """
     names = sorted(group_by)
     rules = grouping.rules_from(pipeline.rules)
@@ -173,8 +193,8 @@ def _fold_dims(
         for u in tx.all(
             """
             SELECT id, key, digest, members, generation FROM unit WHERE pipeline_id = :pipeline AND dims = :dims
-                AND (key = ANY(:keys) OR id IN (SELECT unit_id FROM unit_member
-                    WHERE package_id = ANY(:ids) AND removed IS NULL))
+                AND id IN (SELECT id FROM unit WHERE pipeline_id = :pipeline AND dims = :dims AND key = ANY(:keys)
+                    UNION SELECT unit_id FROM unit_member WHERE package_id = ANY(:ids) AND removed IS NULL)
             ORDER BY id FOR NO KEY UPDATE
             """,
             pipeline=pipeline.id,
@@ -189,11 +209,10 @@ def _fold_dims(
     here = {
         (m.package_id, m.unit_id): int(m.item)
         for m in tx.all(
-            "SELECT package_id, unit_id, item FROM unit_member"
-            " WHERE package_id = ANY(:ids) AND unit_id = ANY(:units) AND removed IS NULL",
+            "SELECT package_id, unit_id, item FROM unit_member WHERE package_id = ANY(:ids) AND removed IS NULL",
             ids=list(ids),
-            units=list(by_id),
         )
+        if m.unit_id in by_id
     }
     for (package, unit), item in here.items():
         wanted = target.get(package)
@@ -203,7 +222,7 @@ def _fold_dims(
         unit = units[key].id
         if here.get((package, unit)) != item:
             added[unit][package] = item
-    changed = set(added) | set(removed)
+    changed = {u: by_id[u].members + len(added[u]) - len(removed[u]) for u in sorted({*added, *removed})}
     if changed:
         tx.run(
             """
@@ -221,20 +240,21 @@ def _fold_dims(
                             (int(by_id[u].digest) + set_digest(added[u].values()) - set_digest(removed[u].values()))
                             % DIGEST_MODULUS
                         ),
-                        "members": by_id[u].members + len(added[u]) - len(removed[u]),
+                        "members": members,
                     }
-                    for u in sorted(changed)
+                    for u, members in changed.items()
                 ]
             ),
         )
-        tx.run(
-            """
-            UPDATE unit_member m SET removed = u.generation FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
-                AS g(unit bigint, package bigint)
-            WHERE m.unit_id = g.unit AND m.package_id = g.package AND m.removed IS NULL AND u.id = g.unit
-            """,
-            rows=encode([{"unit": u, "package": p} for u, gone in removed.items() for p in gone]),
-        )
+        if any(removed.values()):
+            tx.run(
+                """
+                UPDATE unit_member m SET removed = u.generation FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
+                    AS g(unit bigint, package bigint)
+                WHERE m.unit_id = g.unit AND m.package_id = g.package AND m.removed IS NULL AND u.id = g.unit
+                """,
+                rows=encode([{"unit": u, "package": p} for u, gone in removed.items() for p in gone]),
+            )
         tx.run(
             """
             INSERT INTO unit_member (unit_id, package_id, added, item)
@@ -254,6 +274,7 @@ def _fold_edges(
     nested: Sequence[tuple[str, str]],
     before: Mapping[str, Mapping[int, int]],
     after: Mapping[str, Mapping[int, int]],
+    empty: Sequence[int],
 ) -> None:
     """An edge from each finer unit to the coarser one that shares a package with it, and no others."""
 
@@ -272,6 +293,8 @@ def _fold_edges(
             upper=[e[0] for e in sorted(here)],
             lower=[e[1] for e in sorted(here)],
         )
+    if empty:  # also edges to units of dimensions that no step has at present
+        tx.run("DELETE FROM unit_edge WHERE lower_id = ANY(:units) OR upper_id = ANY(:units)", units=sorted(empty))
     if gone:
         tx.run(
             """
@@ -424,15 +447,19 @@ def _write(
             settling_since = CASE WHEN d.why = 'settling' THEN coalesce(c.settling_since, now())
                 WHEN NOT d.settled THEN c.settling_since END,
             backfill_id = CASE WHEN NOT d.settled THEN c.backfill_id END,
-            due_at = now() + d.due_in * interval '1 s', updated_at = now()
+            due_at = now() + d.due_in * interval '1 s',
+            updated_at = CASE WHEN n.new THEN now() ELSE c.updated_at END, basis = d.basis, gates = d.gates
         FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
-            reason text, wanted text, covered_by bigint, settled boolean, due_in float8)
+            reason text, wanted text, covered_by bigint, settled boolean, due_in float8, basis bigint, gates bigint)
+            JOIN coverage o ON (o.step_id, o.unit_id) = (d.step_id, d.unit_id)
             LEFT JOIN run r ON r.id = d.covered_by
-        WHERE (c.step_id, c.unit_id) = (d.step_id, d.unit_id) AND (d.due_in IS NOT NULL
-            OR (c.state, c.why, c.reason, c.wanted, c.run_id, c.due_at IS NULL) IS DISTINCT FROM
-               (d.state, d.why, d.reason, d.wanted, coalesce(d.covered_by, c.run_id), true)
-            OR (c.requested AND d.settled))
-        RETURNING c.step_id, c.unit_id
+            CROSS JOIN LATERAL (SELECT d.due_in IS NOT NULL
+                OR (o.state, o.why, o.reason, o.wanted, o.run_id, o.due_at IS NULL) IS DISTINCT FROM
+                   (d.state, d.why, d.reason, d.wanted, coalesce(d.covered_by, o.run_id), true)
+                OR (o.requested AND d.settled) AS new) n
+        WHERE (c.step_id, c.unit_id) = (d.step_id, d.unit_id)
+            AND (n.new OR (c.basis, c.gates) IS DISTINCT FROM (d.basis, d.gates))
+        RETURNING c.step_id, c.unit_id, n.new
         """,
         rows=encode(
             [
@@ -446,12 +473,14 @@ def _write(
                     "covered_by": d.covered_by,
                     "settled": d.run or d.state is CoverageState.COVERED,
                     "due_in": d.due_in,
+                    "basis": facts[pair].basis,
+                    "gates": facts[pair].gates,
                 }
                 for pair, d in decisions.items()
             ]
         ),
     )
-    changed = [(r.step_id, r.unit_id) for r in rows]
+    changed = [(r.step_id, r.unit_id) for r in rows if r.new]
     _let_count(tx, sorted({d.covered_by for pair in changed if (d := decisions[pair]).covered_by}))
     return changed
 
@@ -474,33 +503,77 @@ def _let_count(tx: Tx, runs: Sequence[int]) -> None:
 
 
 class _Situation(Struct, frozen=True):
-    """The facts of one pair, and the run that would follow from them."""
+    """The facts of one pair, the fingerprints of what they rest on, and the run that would follow from them."""
 
     facts: GapFacts
+    basis: int
+    gates: int
     cause: str
     new_run: dict[str, Any]
 
 
+_RULES = """
+SELECT s.id AS step_id, hashtextextended(ROW(s.name, s.active, s.dims, s.software_id, s.version_policy, s.version,
+        s.fan_in, s.config_id, s.config_revision_id,
+        (SELECT max(id) FROM config_revision r WHERE r.config_id = s.config_id),
+        (SELECT array_agg(r.id ORDER BY r.id) FROM config_revision r
+            WHERE r.config_id = s.config_id AND r.revoked_by <> ''),
+        (SELECT array_agg(v ORDER BY v.id) FROM software_version v WHERE v.software_id = s.software_id),
+        (SELECT array_agg(d.upstream_id ORDER BY d.upstream_id) FROM step_dependency d WHERE d.step_id = s.id)
+    )::text, 0) AS basis, hashtextextended(ROW(s, p, CAST(:limits AS text),
+        (SELECT max(w.approved_at) FROM step_wish w WHERE w.step_id = s.id))::text, 0) AS gates
+FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
+"""
+"""Fingerprints of what all units of a step have in common.
+
+`basis`: what decides what a unit wants, and so whether it is covered. `gates`: all of the step and its pipeline,
+limits and approvals, which decide what becomes of a unit that is not. `gap` looks at nothing else of them.
+"""
+
+_UPSTREAM = f"""
+SELECT jsonb_agg(to_jsonb(z)) AS steps, string_agg(ROW(z.step, z.total, z.covered, z.blocked, z.digest)::text, ' '
+    ORDER BY z.step) AS seen
+FROM (
+    SELECT us.name AS step, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts
+    FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
+    JOIN LATERAL ({UPSTREAM_COUNTS}) n ON true
+    WHERE d.step_id = s.id) z
+"""
+"""For a LATERAL join: what lies in unit ``u`` of step ``s``, by upstream step."""
+
+_FINGERPRINTS = """
+hashtextextended(concat_ws(' ', rules.basis, u.generation, up.seen, (SELECT string_agg(DISTINCT r.wanted, ' ')
+    FROM data_product d JOIN run r ON r.id = d.run_id
+    WHERE d.revoked_by <> '' AND (r.step_id, r.unit_id) = (s.id, u.id))), 0) AS basis,
+hashtextextended(concat_ws(' ', rules.gates, c.requested, c.paused_by, c.backfill_id, b.paused_by), 0) AS gates
+"""
+"""Of one pair: all facts that `gap` looks at, except runs, whose moves write coverage, and time, for which it is due.
+
+A fact of the unit itself that is new in `GapFacts` belongs here: into `basis` if it may change what is covered, else
+into `gates`.
+"""
+
+
 def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
     """Everything `decide.gap` looks at, in few statements; locks the coverage rows."""
-    final = "('" + "','".join(sorted(FINAL_STATES)) + "')"
     rows = tx.all(
         f"""
-        WITH q AS MATERIALIZED (
+        WITH c AS MATERIALIZED (
             SELECT c.step_id, c.unit_id, c.requested, c.requested_for, c.run_id, c.wanted, c.wanted_since,
                 c.settling_since, c.paused_by, c.paused_reason, c.backfill_id
             FROM coverage c
             JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
                 ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
-            ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c)
-        SELECT q.step_id, q.unit_id, q.requested, q.requested_for, s.name AS step, s.active AS step_active,
+            ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c),
+        rules AS MATERIALIZED ({_RULES} WHERE s.id = ANY(CAST(:steps AS bigint[])))
+        SELECT c.step_id, c.unit_id, c.requested, c.requested_for, s.name AS step, s.active AS step_active,
             s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
             s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
             s.on_stale, s.approval_units, s.approval_core_hours,
             p.name AS pipeline, p.id AS pipeline_id, p.location_id, p.priority, p.stale_priority,
             p.enabled AND p.deleted_at IS NULL AS enabled,
             p.paused_by, p.paused_reason, p.trigger_type, p.trigger_config, now() AS now,
-            q.paused_by AS unit_paused_by, q.paused_reason AS unit_paused_reason, b.id AS backfill_id,
+            c.paused_by AS unit_paused_by, c.paused_reason AS unit_paused_reason, b.id AS backfill_id,
             b.name AS backfill, b.priority AS backfill_priority, coalesce(b.paused_by, '') AS backfill_paused_by,
             b.paused_reason AS backfill_paused_reason,
             s.dims, s.group_by, u.dims AS unit_dims, u.key AS unit, u.members, u.digest, u.generation,
@@ -513,34 +586,33 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             pv.state = 'revoked' OR coalesce(pc.revoked_by, '') <> '' AS prev_revoked,
             s.fan_in, CASE WHEN s.fan_in <> 'all' THEN
                 (SELECT sum((x ->> 'read')::int) FROM jsonb_array_elements(prev.upstream) x) END AS accepted_results,
-            q.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
-            extract(epoch FROM now() - q.wanted_since)::float AS quiet_seconds,
-            extract(epoch FROM now() - q.settling_since)::float AS settling_seconds,
+            c.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
+            extract(epoch FROM now() - c.wanted_since)::float AS quiet_seconds,
+            extract(epoch FROM now() - c.settling_since)::float AS settling_seconds,
             CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
-                WHERE (r.step_id, r.unit_id) = (q.step_id, q.unit_id) AND r.failure <> :withdrawn
+                WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.failure <> :withdrawn
                     AND r.id IS DISTINCT FROM a.id))::float END AS since_last_run,
-            up.steps AS upstream
-        FROM q JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
-        JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = q.unit_id
-        LEFT JOIN run prev ON prev.id = q.run_id LEFT JOIN software_version pv ON pv.id = prev.software_version_id
+            up.steps AS upstream, {_FINGERPRINTS}
+        FROM c JOIN rules ON rules.step_id = c.step_id
+        JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
+        JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = c.unit_id
+        LEFT JOIN run prev ON prev.id = c.run_id LEFT JOIN software_version pv ON pv.id = prev.software_version_id
         LEFT JOIN software psw ON psw.id = pv.software_id
         LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
-        LEFT JOIN backfill b ON b.id = q.backfill_id
-        LEFT JOIN run a ON (a.step_id, a.unit_id) = (q.step_id, q.unit_id) AND a.state NOT IN {final}
+        LEFT JOIN backfill b ON b.id = c.backfill_id
+        -- One by one, from its index: in the transaction of a flood nobody knows yet how many active runs there are.
+        LEFT JOIN LATERAL (SELECT id, state, wanted FROM run r WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id)
+            AND r.finished_at IS NULL LIMIT 1) a ON true
         LEFT JOIN config cf ON cf.id = s.config_id
         LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision WHERE config_id = s.config_id
                 AND revoked_by = '' AND (s.config_revision_id IS NULL OR id = s.config_revision_id)
             ORDER BY revision DESC LIMIT 1) cr ON true
-        LEFT JOIN LATERAL (
-            SELECT jsonb_agg(to_jsonb(z)) AS steps FROM (
-                SELECT us.name AS step, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts
-                FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
-                JOIN LATERAL ({UPSTREAM_COUNTS}) n ON true
-                WHERE d.step_id = s.id) z) up ON true
+        LEFT JOIN LATERAL ({_UPSTREAM}) up ON true
         """,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
         withdrawn=WITHDRAWN,
+        limits=_limits(tx),
     )
     _sum_up(tx, [r.unit_id for r in rows if any(z["parts"] > TALLY_ROWS for z in r.upstream or ())])
     versions: dict[int, list[SoftwareVersion]] = defaultdict(list)
@@ -796,7 +868,7 @@ def _situation(
         why += f"; {r.requested_for}"
     if r.backfill_id:
         why += f"; backfill {r.backfill}"
-    return _Situation(facts, why, new_run)
+    return _Situation(facts, r.basis, r.gates, why, new_run)
 
 
 def _priority(r: Any) -> int:
@@ -826,3 +898,314 @@ def _without_copies(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, tuple[str, ...]
         units=[p[1] for p in pairs],
     )
     return {(r.step_id, r.unit_id): tuple(r.names) for r in rows}
+
+
+# --- reconcile ---
+
+FEW = 10_000
+"""Units of one division that differ from the catalogue: their packages are looked for. Of more, all are folded."""
+
+
+def reconcile(
+    tx: Tx,
+    location_id: int,
+    actor: Actor,
+    pipelines: Collection[int] | None = None,
+    in_time: Callable[[], object] = lambda: None,
+) -> Evaluated:
+    """Compare with the whole catalogue: fold what differs, and decide again what may be decided otherwise by now.
+
+    Costs a few set-based statements for each step, and else only what differs: the digests of all units are computed
+    anew from the catalogue, and a pair is left out if all that its decision rested on is as it was.
+
+    Args:
+        location_id: pipelines of this processing location are looked at; `pipelines` narrows them further.
+        in_time: called now and then; what it raises ends it.
+    """
+    tx.run("SELECT set_config('work_mem', '64MB', true)")
+    done = Evaluated()
+    for pipeline in _pipelines(tx, location_id, pipelines):
+        _fold_differences(tx, pipeline)
+    for step in tx.all(
+        """
+        SELECT s.id, s.dims, s.pipeline_id, EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = s.id) AS nested
+        FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids)) ORDER BY s.position, s.id
+        """,
+        loc=location_id,
+        any=pipelines is None,
+        ids=list(pipelines or ()),
+    ):
+        # In the order of the steps: what is decided here changes what those below rest on, so they come up in turn.
+        units = _undecided(tx, step)
+        for start in range(0, len(units), CHUNK):
+            in_time()
+            pairs = [(step.id, u) for u in units[start : start + CHUNK]]
+            done.changed += len(_evaluate(tx, pairs, actor, done))
+    return done
+
+
+def _undecided(tx: Tx, step: Any) -> list[int]:
+    """The units of a step whose decision may be another by now, or does not fit their runs."""
+    (row,) = tx.all(
+        f"""
+        WITH rules AS MATERIALIZED ({_RULES} WHERE s.id = :step),
+        purged AS MATERIALIZED (SELECT DISTINCT t.run_id FROM task t JOIN run r ON r.id = t.run_id
+            WHERE t.kind = 'purge' AND t.state <> 'closed' AND t.attempt = r.attempt AND r.step_id = :step)
+        SELECT array_agg(z.unit_id ORDER BY z.unit_id) AS units FROM (
+            SELECT u.id AS unit_id, c.state, c.basis AS had_basis, c.gates AS had_gates, a.id AS active,
+                f.id IS NOT NULL OR g.run_id IS NOT NULL AS gone, {_FINGERPRINTS}
+            FROM unit u CROSS JOIN rules JOIN reduction_step s ON s.id = :step
+            LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (:step, u.id)
+            LEFT JOIN backfill b ON b.id = c.backfill_id
+            LEFT JOIN run a ON (a.step_id, a.unit_id) = (:step, u.id) AND a.finished_at IS NULL
+            LEFT JOIN run f ON f.step_id = :step AND f.id = c.run_id AND f.state IN ('FAILED', 'CANCELLED')
+            LEFT JOIN purged g ON g.run_id = c.run_id
+            {f"LEFT JOIN LATERAL ({_UPSTREAM}) up ON true" if step.nested else "CROSS JOIN (SELECT NULL AS seen) up"}
+            WHERE u.pipeline_id = :pipeline AND u.dims = :dims AND (s.active OR c.step_id IS NOT NULL)) z
+        WHERE z.state IS NULL OR z.had_basis IS DISTINCT FROM z.basis
+            OR z.state NOT IN ('covered', 'empty') AND z.had_gates IS DISTINCT FROM z.gates
+            OR (z.state = 'active') <> (z.active IS NOT NULL) OR z.state = 'covered' AND z.gone
+        """,
+        step=step.id,
+        dims=step.dims,
+        pipeline=step.pipeline_id,
+        limits=_limits(tx),
+    )
+    # Units of a step that is grouped otherwise now, until that is noted.
+    orphans = tx.all(
+        "SELECT c.unit_id FROM coverage c JOIN unit u ON u.id = c.unit_id"
+        " WHERE c.step_id = :step AND u.dims <> :dims AND c.why <> 'orphaned' ORDER BY c.unit_id",
+        step=step.id,
+        dims=step.dims,
+    )
+    return [*(row.units or ()), *(o.unit_id for o in orphans)]
+
+
+def _limits(tx: Tx) -> str:
+    """The settings that decisions rest on, as text."""
+    return str(msgspec.structs.astuple(tx.approval))
+
+
+class _Division(Struct):
+    """The units of these dimensions that are not what the catalogue says.
+
+    Attributes:
+        wanted: by key, the values, the number of members and their digest; of very many, some.
+    """
+
+    names: list[str]
+    dims: str
+    wanted: dict[str, tuple[dict[str, str | None], int, int]]
+
+
+def _fold_differences(tx: Tx, pipeline: _Pipeline) -> None:
+    """Fold the packages by which units differ from the catalogue."""
+    divisions = [_differences(tx, pipeline, d) for d in _differing(tx, pipeline)]
+    # One lost package is missing in a unit of each division: look for it where units are many and small.
+    for division in sorted(divisions, key=lambda d: -len(d.wanted)):
+        if len(division.wanted) > FEW:
+            _fold_all(tx, pipeline)
+            return
+        units = {
+            u.key: u
+            for u in tx.all(
+                "SELECT id, key, members, digest FROM unit WHERE pipeline_id = :pipeline AND dims = :dims"
+                " AND key = ANY(:keys)",
+                pipeline=pipeline.id,
+                dims=division.dims,
+                keys=list(division.wanted),
+            )
+        }
+        still = [
+            values
+            for key, (values, members, digest) in division.wanted.items()
+            if (members, digest) != ((units[key].members, int(units[key].digest)) if key in units else (0, 0))
+        ]
+        if still:
+            _fold_ids(tx, pipeline, _strays(tx, pipeline, division, still, [u.id for u in units.values()]))
+    _fold_ids(tx, pipeline, _without_edge(tx, pipeline))
+
+
+def _values(packages: FromClause, names: Sequence[str]) -> ColumnElement[Any]:
+    """The values of a unit, as `unit.values` has them."""
+    return func.jsonb_build_object(*(x for n in names for x in (n, packages.c[n])))
+
+
+def _weight(values: Sequence[ColumnElement[Any]]) -> ColumnElement[Any]:
+    """A hash of a unit's values, in the order of their dimensions."""
+    weight: ColumnElement[Any] = literal(1, BigInteger)
+    for i, value in enumerate(values):
+        weight = weight.bitwise_xor(func.coalesce(func.hashtextextended(value, i), 0))
+    return sql_cast(weight, Numeric)
+
+
+def _differing(tx: Tx, pipeline: _Pipeline) -> list[str]:
+    """The dims whose units are not, all together, what the catalogue says; in a pass each over packages and units.
+
+    Each unit's digest is the sum of its members' hashes. Weighted with a hash of the unit's values, the sum over all
+    units is the sum over all packages: equal sums mean that each package is where it belongs.
+    """
+    divisions = {d: sorted(names) for d, names in _group_bys(pipeline).items()}
+    packages = grouping.select_packages(
+        grouping.rules_from(pipeline.rules), sorted({n for names in divisions.values() for n in names})
+    ).subquery()
+    weights = [_weight([packages.c[n] for n in names]) for names in divisions.values()]
+    sums = (x for w in weights for x in (func.sum(w), func.sum(w * packages.c.item)))
+    there = tx.conn.execute(select(*sums).select_from(packages)).one()
+    u = schema.unit.c
+
+    def here(dims: str) -> Any:
+        weight = _weight([u["values"][n].astext for n in divisions[dims]])
+        here = select(func.sum(weight * u.members), func.sum(weight * u.digest))
+        return tx.conn.execute(here.where(u.pipeline_id == pipeline.id, u.dims == dims)).one()
+
+    def total(sums: Sequence[Any]) -> list[int]:
+        return [int(x or 0) % DIGEST_MODULUS for x in sums]
+
+    return [d for i, d in enumerate(divisions) if total(there[2 * i : 2 * i + 2]) != total(here(d))]
+
+
+def _differences(tx: Tx, pipeline: _Pipeline, dims: str) -> _Division:
+    """Compare the members and the digest of each unit with the catalogue."""
+    names = sorted(_group_bys(pipeline)[dims])
+    packages = grouping.select_packages(grouping.rules_from(pipeline.rules), names).subquery()
+    there = (
+        select(
+            _values(packages, names).label("values"),
+            func.count().label("members"),
+            func.mod(func.sum(packages.c.item), literal(DIGEST_MODULUS, Numeric)).label("digest"),
+        )
+        .group_by(*(packages.c[n] for n in names))
+        .having(func.count() > 0)
+        .subquery()
+    )
+    u = schema.unit.c
+    here = (
+        select(u["values"], u.members, u.digest)
+        .where(u.pipeline_id == pipeline.id, u.dims == dims, u.members > 0)
+        .subquery()
+    )
+    differing = (
+        select(
+            func.coalesce(there.c["values"], here.c["values"]),
+            func.coalesce(there.c.members, 0),
+            func.coalesce(there.c.digest, 0),
+        )
+        .select_from(there.join(here, there.c["values"] == here.c["values"], full=True))
+        .where(
+            or_(
+                there.c.members.is_distinct_from(here.c.members),
+                there.c.digest.is_distinct_from(here.c.digest),
+            )
+        )
+        .limit(FEW + 1)
+    )
+    wanted = {grouping.unit_key(r[0]): (r[0], int(r[1]), int(r[2])) for r in tx.conn.execute(differing)}
+    return _Division(names, dims, wanted)
+
+
+def _strays(
+    tx: Tx,
+    pipeline: _Pipeline,
+    division: _Division,
+    values: Sequence[Mapping[str, str | None]],
+    units: Sequence[int],
+) -> list[int]:
+    """The packages by which these units differ from the catalogue."""
+    rules = grouping.rules_from(pipeline.rules)
+    packages = grouping.select_packages(rules, division.names, values=values).subquery()
+    there = select(packages.c.id, packages.c.item, _values(packages, division.names).label("values")).subquery()
+    m, u = schema.unit_member.c, schema.unit.c
+    here = (
+        select(m.package_id, m.item, u["values"])
+        .join(schema.unit, u.id == m.unit_id)
+        .where(u.id == any_(literal(list(units), ARRAY(BigInteger))), m.removed.is_(None))
+        .subquery()
+    )
+    same = and_(there.c.id == here.c.package_id, there.c["values"] == here.c["values"])
+    differing = (
+        select(func.coalesce(there.c.id, here.c.package_id))
+        .select_from(there.join(here, same, full=True))
+        .where(there.c.item.is_distinct_from(here.c.item))
+    )
+    return list(tx.conn.execute(differing).scalars())
+
+
+def _without_edge(tx: Tx, pipeline: _Pipeline) -> list[int]:
+    """A package of each finer unit that lies in no coarser one: of steps that came to depend on each other."""
+    found: list[int] = []
+    for fine, coarse in set(pipeline.nested):
+        (count,) = tx.all(
+            """
+            SELECT (SELECT count(*) FROM unit WHERE pipeline_id = :pipeline AND dims = :fine AND members > 0) AS units,
+                (SELECT coalesce(sum(t.units), 0) FROM upstream_tally t JOIN unit u ON u.id = t.upper_id
+                WHERE u.pipeline_id = :pipeline AND u.dims = :coarse AND t.dims = :fine AND t.step_id IS NULL) AS edges
+            """,
+            pipeline=pipeline.id,
+            fine=fine,
+            coarse=coarse,
+        )
+        if count.units != count.edges:
+            rows = tx.all(
+                """
+                SELECT (SELECT package_id FROM unit_member WHERE unit_id = l.id AND removed IS NULL LIMIT 1) AS package
+                FROM unit l WHERE l.pipeline_id = :pipeline AND l.dims = :fine AND l.members > 0 AND NOT EXISTS (
+                    SELECT 1 FROM unit_edge e JOIN unit u ON u.id = e.upper_id WHERE e.lower_id = l.id
+                    AND u.dims = :coarse)
+                """,
+                pipeline=pipeline.id,
+                fine=fine,
+                coarse=coarse,
+            )
+            found.extend(r.package for r in rows)
+    return found
+
+
+def _fold_all(tx: Tx, pipeline: _Pipeline) -> None:
+    last = 0
+    while ids := [
+        r.id
+        for r in tx.all("SELECT id FROM raw_data_package WHERE id > :last ORDER BY id LIMIT :n", last=last, n=CHUNK)
+    ]:
+        _fold(tx, pipeline, ids)
+        last = ids[-1]
+
+
+def mend_tallies(tx: Tx, location_id: int) -> int:
+    """Count what lies in coarse units anew; returns how many tallies were wrong, of which none should be."""
+    lies = """
+        unit_edge e JOIN unit l ON l.id = e.lower_id JOIN pipeline p ON p.id = l.pipeline_id AND p.location_id = :loc
+    """
+    wrong = tx.all(
+        f"""
+        SELECT upper_id, dims, step_id, sum(units) AS units, sum(covered) AS covered, sum(blocked) AS blocked,
+            mod(sum(digest), :modulus)::text AS digest
+        FROM (
+            SELECT e.upper_id, l.dims, NULL AS step_id, count(*) AS units, 0 AS covered, 0 AS blocked, 0 AS digest
+            FROM {lies} GROUP BY e.upper_id, l.dims
+            UNION ALL
+            SELECT e.upper_id, l.dims, c.step_id, 0, count(*) FILTER (WHERE c.state = 'covered'),
+                count(*) FILTER (WHERE c.state = 'blocked'), sum(c.result) FILTER (WHERE c.state = 'covered')
+            FROM {lies} JOIN coverage c ON c.unit_id = l.id AND c.state IN ('covered', 'blocked')
+            GROUP BY e.upper_id, l.dims, c.step_id
+            UNION ALL
+            SELECT t.upper_id, t.dims, t.step_id, -t.units, -t.covered, -t.blocked, -t.digest FROM upstream_tally t
+            JOIN unit u ON u.id = t.upper_id JOIN pipeline p ON p.id = u.pipeline_id AND p.location_id = :loc) z
+        GROUP BY upper_id, dims, step_id
+        HAVING (sum(units), sum(covered), sum(blocked), mod(sum(digest), :modulus)) <> (0, 0, 0, 0)
+        """,
+        loc=location_id,
+        modulus=DIGEST_MODULUS,
+    )
+    if wrong:
+        tx.run(
+            """
+            INSERT INTO upstream_tally (upper_id, dims, step_id, units, covered, blocked, digest)
+            SELECT upper_id, dims, step_id, units, covered, blocked, digest
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS w(upper_id bigint, dims text, step_id bigint, units bigint,
+                covered bigint, blocked bigint, digest numeric)
+            """,
+            rows=encode([dict(r._mapping) for r in wrong]),
+        )
+    return len(wrong)

@@ -209,7 +209,7 @@ class TriggerManager(_Quiet):
         pairs |= gaps.fold(tx, self.location, self._arrivals(tx, named))
         changed = {e.pipeline_id for e in events if isinstance(e, PipelineChanged)}
         if changed:
-            pairs |= every_pair(tx, self.location, changed)
+            gaps.reconcile(tx, self.location, self.actor, changed)
         ended = [e.run for e in events if isinstance(e, RunEvent)]
         if ended:
             own = {
@@ -335,52 +335,15 @@ class TriggerManager(_Quiet):
         self._started = True
         if mine:
             gaps.fold(tx, self.location, self._arrivals(tx, ()))
-            gaps.evaluate(tx, every_pair(tx, self.location, None), self.actor)
+            if wrong := gaps.mend_tallies(tx, self.location):
+                log.error("%d tallies of what lies in coarse units were wrong, and are counted anew", wrong)
+            gaps.reconcile(tx, self.location, self.actor)
         return None
 
     def notice_absence(self, tx: Tx) -> After:
         """Tell what is expected and did not come."""
         plan.notice(tx, self.location, self.actor)
         return None
-
-
-def every_pair(
-    tx: Tx, location_id: int, pipelines: Iterable[int] | None, in_time: Callable[[], None] = lambda: None
-) -> set[gaps.Pair]:
-    """All pairs of these pipelines (of all of the location, for None), with every package of the catalogue folded.
-
-    Args:
-        in_time: called now and then; raises when it takes too long.
-    """
-    some = None if pipelines is None else sorted(pipelines)
-    last = 0
-    while True:
-        ids = [
-            r.id for r in tx.all("SELECT id FROM raw_data_package WHERE id > :last ORDER BY id LIMIT 5000", last=last)
-        ]
-        if not ids:
-            break
-        in_time()
-        gaps.fold(tx, location_id, ids, some)
-        last = ids[-1]
-    rows = tx.all(
-        """
-        SELECT s.id AS step_id, u.id AS unit_id FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
-        JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims
-        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids))
-            AND (s.active OR EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id) = (s.id, u.id)))
-        UNION ALL
-        -- Units of steps that are grouped otherwise now, until that is noted.
-        SELECT s.id, u.id FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
-        JOIN unit u ON u.pipeline_id = p.id AND u.dims <> s.dims
-        JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id) AND c.why <> 'orphaned'
-        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND (:any OR p.id = ANY(:ids))
-        """,
-        loc=location_id,
-        any=some is None,
-        ids=some or [],
-    )
-    return {(r.step_id, r.unit_id) for r in rows}
 
 
 # --- workflow-manager ---

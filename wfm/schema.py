@@ -552,6 +552,10 @@ coverage = Table(
     _text("paused_reason"),
     _time("due_at"),  # when the trigger-manager must look again
     _time("updated_at", now=True),
+    # Fingerprints of what the decision rested on (`wfm.gaps`): what the unit wants, and what may hold it. With equal
+    # ones the decision would be the same.
+    Column("basis", BigInteger),
+    Column("gates", BigInteger),
     # Whether what depends on it may read its accepted result.
     Column(
         "counts",
@@ -562,6 +566,10 @@ coverage = Table(
     _one_of("state", CoverageState),
     CheckConstraint("state <> 'covered' OR (run_id IS NOT NULL AND result IS NOT NULL)", name="covered_by"),
     Index("ix_coverage_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    # What may need somebody is looked up among the rest, which is nearly all.
+    Index(
+        "ix_coverage_open", "step_id", "state", "unit_id", postgresql_where=text("state NOT IN ('covered', 'empty')")
+    ),
     Index("ix_coverage_paused", "step_id", "unit_id", postgresql_where=text("paused_by <> ''")),
 )
 
@@ -711,8 +719,11 @@ run = Table(
     _one_of("state", RunState),
     CheckConstraint(f"(state IN ({_FINAL})) = (finished_at IS NOT NULL)", name="finished_at"),
     CheckConstraint("attempt >= 1 AND version >= 1 AND failures >= 0", name="counts"),
-    Index("uq_run_active", "step_id", "unit_id", unique=True, postgresql_where=text(f"state NOT IN ({_FINAL})")),
+    # Of the runs in states that are not final, said so that no other index fits: whoever makes many runs at once looks
+    # for each pair's active run while the planner still thinks that there is none.
+    Index("uq_run_active", "step_id", "unit_id", unique=True, postgresql_where=text("finished_at IS NULL")),
     Index("ix_run_wanted", "step_id", "unit_id", "wanted"),
+    Index("ix_run_failed", "step_id", "unit_id", "id", postgresql_where=text("state IN ('FAILED', 'CANCELLED')")),
     Index(
         "ix_run_pending",
         "location_id",

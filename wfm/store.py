@@ -380,7 +380,9 @@ class Tx:
                 why = CASE WHEN m.state = 'covered' AND c.wanted <> r.wanted THEN 'newer_input' ELSE m.why END,
                 reason = m.reason, requested = c.requested OR m.again,
                 run_id = CASE WHEN m.state = 'covered' THEN r.id ELSE c.run_id END,
-                result = CASE WHEN m.state = 'covered' THEN r.result ELSE c.result END
+                result = CASE WHEN m.state = 'covered' THEN r.result ELSE c.result END,
+                -- What it was made for is what covers it. Any other end is for the gap engine to look at.
+                basis = CASE WHEN m.state = 'covered' AND c.wanted = r.wanted THEN c.basis END
             FROM jsonb_to_recordset(CAST(:rows AS jsonb))
                 AS m(id bigint, state text, why text, reason text, again boolean) JOIN run r ON r.id = m.id
             WHERE (c.step_id, c.unit_id) = (r.step_id, r.unit_id)

@@ -23,7 +23,6 @@ from wfm.documents import Change, Documents
 from wfm.errors import NotFoundError, UnavailableError
 from wfm.grouping import unknown
 from wfm.model import Actor, CoverageState, RunState, Why
-from wfm.roles import every_pair
 from wfm.store import Move, Store, Tx
 from wfm.views import Estimate, StepCost
 
@@ -155,7 +154,7 @@ def plan(
         ids = None
         if pipeline is not None:
             ids = [r.id for r in tx.all("SELECT id FROM pipeline WHERE name = :name", name=pipeline)]
-        gaps.evaluate(tx, every_pair(tx, location_id, ids), ACTOR)
+        gaps.reconcile(tx, location_id, ACTOR, ids)
         in_time()
         return _planned(tx, location_id, pipeline, step)
 
@@ -279,10 +278,7 @@ def effects(store: Store, changed: Documents, location_id: int) -> list[StepEffe
         applied = documents.apply(tx.conn, changed, location_id=location_id, actor=ACTOR.name)
         if not applied.pipeline_ids_changed:
             return []
-        pairs = sorted(every_pair(tx, location_id, applied.pipeline_ids_changed, in_time))
-        for start in range(0, len(pairs), gaps.CHUNK):
-            in_time()
-            gaps.evaluate(tx, pairs[start : start + gaps.CHUNK], ACTOR)
+        gaps.reconcile(tx, location_id, ACTOR, applied.pipeline_ids_changed, in_time)
         return _effects(tx, applied.pipeline_ids_changed)
 
     return undone(store, work, EFFECT_SECONDS, "`wfm plan` shows it after the change")
@@ -418,12 +414,12 @@ def _future(
     """Let everything happen that follows from the definitions."""
     in_time()
     if packages is None:
-        pairs = every_pair(tx, location_id, None)
         scope = None
+        gaps.reconcile(tx, location_id, ACTOR, in_time=in_time)
     else:
         pairs = gaps.fold(tx, location_id, packages) | pairs_with(tx, location_id, packages)
         scope = and_below(tx, pairs)
-    gaps.evaluate(tx, pairs, ACTOR)
+        gaps.evaluate(tx, pairs, ACTOR)
     runs: dict[tuple[_Unit, str], RunForecast] = {}
     wave = 1
     while batches := list(_ready(tx, location_id)):

@@ -19,6 +19,10 @@ def _guard(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant(name, file, old, new, tests)
 
 
+# Migrations; the tests' databases are at the newest revision.
+_TALLIES = "wfm/migrations/versions/0006_upstream_tallies.py"
+_RESTS_ON = "wfm/migrations/versions/0008_what_decisions_rest_on.py"
+
 RUNS = [
     _guard(
         "the version in the guarded UPDATE of runs",
@@ -36,9 +40,9 @@ RUNS = [
     ),
     _guard(
         "one active run for a unit: the unique index",
-        "wfm/migrations/versions/0001_the_first_tables.py",
-        '"run",\n        ["step_id", "unit_id"],\n        unique=True,',
-        '"run",\n        ["step_id", "unit_id"],\n        unique=False,',
+        _RESTS_ON,
+        '["step_id", "unit_id"],\n        unique=True,',
+        '["step_id", "unit_id"],\n        unique=False,',
         f"{_GUARDS}::test_one_active_run_for_a_unit_whoever_decides",
     ),
     _guard(
@@ -396,6 +400,42 @@ MESSAGES = [
         "        if mine:\n            gaps.fold",
         "        if False:\n            gaps.fold",
         f"{_GUARDS}::test_what_no_message_tells_of_is_found_by_reconciliation",
+    ),
+    _guard(
+        "what is not folded is looked for by its digest",
+        "wfm/gaps.py",
+        "if total(there[2 * i : 2 * i + 2]) != total(here(d))",
+        "if False",
+        "tests/integration/test_reconcile.py::test_packages_of_which_no_message_told_are_found_in_any_number",
+    ),
+    _guard(
+        "a decision is made again when what it rested on has changed",
+        "wfm/gaps.py",
+        "z.had_basis IS DISTINCT FROM z.basis",
+        "z.had_basis IS NULL",
+        "tests/integration/test_reconcile.py::test_after_a_reconciliation_a_full_evaluation_changes_nothing",
+    ),
+    _guard(
+        "who ends otherwise than by covering its unit leaves no basis",
+        _STORE,
+        "basis = CASE WHEN m.state = 'covered' AND c.wanted = r.wanted THEN c.basis END",
+        "basis = c.basis",
+        "tests/integration/test_reconcile.py::test_what_an_older_run_left_open_is_found_when_its_end_was_not_heard",
+    ),
+    _guard(
+        "whoever changes edges waits for those who change the coverage inside",
+        _TALLIES,
+        "    PERFORM 1 FROM coverage WHERE unit_id IN (SELECT lower_id FROM edges) ORDER BY step_id, unit_id"
+        " FOR NO KEY UPDATE;\n",
+        "",
+        "tests/integration/test_tallies.py::test_a_run_that_ends_while_its_unit_moves_is_counted_where_the_unit_is",
+    ),
+    _guard(
+        "whoever changes edges waits for a first row of coverage inside",
+        _TALLIES,
+        "    PERFORM 1 FROM unit WHERE id IN (SELECT lower_id FROM edges) ORDER BY id FOR UPDATE;\n",
+        "",
+        "tests/integration/test_tallies.py::test_a_first_row_of_coverage_is_counted_where_its_unit_moves_to",
     ),
     _guard(
         "who loses a deadlock tries again",

@@ -10,7 +10,7 @@ from tests.harness import wait_until
 from tests.integration.test_cli import Cli
 from wfm.decide import Capacity
 from wfm.model import Role
-from wfm.roles import TriggerManager, every_pair
+from wfm.roles import TriggerManager
 from wfm.whatif import _future
 
 STEPS = [
@@ -30,7 +30,6 @@ def succeed(world):
     """The same as the roles would do, without their time: every run as if it had succeeded."""
     with world.store.begin() as tx:
         TriggerManager(world.settings).handle(tx, [])
-        every_pair(tx, 1, None)
         _future(tx, 1, None, Capacity(100), lambda: None)
 
 

@@ -15,7 +15,6 @@ from tests.harness import World
 from tests.integration.test_cli import Cli
 from wfm import gaps, presets
 from wfm.model import Actor
-from wfm.roles import every_pair
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def sort(world: World) -> None:
     packages = [r.id for r in world.query("SELECT id FROM raw_data_package")]
     with world.store.begin() as tx:
         gaps.fold(tx, 1, packages)
-        gaps.evaluate(tx, every_pair(tx, 1, None), Actor("trigger-manager"))
+        gaps.reconcile(tx, 1, Actor("trigger-manager"))
 
 
 def units(world: World, pipeline: str) -> dict[str, set[str]]:

@@ -13,7 +13,6 @@ from tests.integration.test_cli import Cli
 from wfm import acts, gaps, views
 from wfm.decide import MoveFacts
 from wfm.model import Actor
-from wfm.roles import every_pair
 from wfm.store import Move
 
 SCAN = {"name": "scan", "group_by": ["raw_data_package"]}
@@ -28,7 +27,7 @@ def cli(world: World) -> Cli:
 def look(world: World) -> None:
     """What the trigger-manager does when it compares everything."""
     with world.store.begin() as tx:
-        gaps.evaluate(tx, every_pair(tx, 1, None), Actor("trigger-manager"))
+        gaps.reconcile(tx, 1, Actor("trigger-manager"))
 
 
 def complete(world: World, *, hours: float = 1.0) -> None:
