@@ -14,7 +14,7 @@ from sqlalchemy import Connection, exists, literal, select, union_all
 from wfm import grouping
 from wfm.decide import due_text, due_times
 from wfm.model import CoverageState, FanIn, RunState, Schedule, Why
-from wfm.schema import UNITS_INSIDE
+from wfm.schema import UNITS_INSIDE, UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN
 from wfm.views.sql import (
     _ACTIVE,
@@ -129,10 +129,30 @@ CHANGE: dict[Why, str] = {
 
 _FIRST = 3
 
-# For a step s and its unit u: each step us it depends on, with the units l of us that lie in u.
-_BELOW = f"""
+_FEW_UNITS = 2000
+"""So many units inside one are looked through; of more, those that are not covered are looked up."""
+
+# For a step s and its unit u: each step us it depends on, counted, with the first few units o of us in u that are not
+# covered, blocked ones first.
+_OPEN_BELOW = f"""
 JOIN step_dependency d ON d.step_id = s.id JOIN reduction_step us ON us.id = d.upstream_id
-JOIN LATERAL ({UNITS_INSIDE}) l ON true
+JOIN LATERAL ({UPSTREAM_COUNTS}) n ON true
+LEFT JOIN LATERAL (
+    SELECT * FROM (
+        SELECT l.id, l.key, coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why
+        FROM ({UNITS_INSIDE}) l LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
+        WHERE n.total <= {_FEW_UNITS} AND c.counts IS NOT TRUE
+        {
+    "".join(
+        f'''
+        UNION ALL (SELECT l.id, l.key, c.state, c.why FROM coverage c JOIN unit l ON l.id = c.unit_id
+            WHERE n.total > {_FEW_UNITS} AND c.step_id = us.id AND c.state {which} AND NOT c.counts AND l.dims = us.dims
+                AND EXISTS (SELECT 1 FROM unit_edge e WHERE (e.upper_id, e.lower_id) = (u.id, l.id)) LIMIT :first)
+        '''
+        for which in ("= 'blocked'", "IN ('held', 'waiting', 'active')")
+    )
+}) z
+    ORDER BY state = 'blocked' DESC, key LIMIT :first) o ON n.covered < n.total
 """
 _BRIEF = "r.id, r.state, r.attempt, r.waiting_for, r.failure, r.exit_code, r.message"
 # For a row of coverage c: the run that failed or was cancelled, of the wanted digest before others.
@@ -259,16 +279,17 @@ def _upstream(
     rows = _all(
         conn,
         f"""
-        SELECT step_id, unit_id, count(*) AS total, count(*) FILTER (WHERE NOT counts) AS uncovered,
-            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE NOT counts AND rank <= :first) AS first
+        SELECT step_id, unit_id, sum(total) FILTER (WHERE nth = 1)::bigint AS total,
+            sum(total - covered) FILTER (WHERE nth = 1)::bigint AS uncovered,
+            jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) FILTER (WHERE unit IS NOT NULL AND rank <= :first) AS first
         FROM (
-            SELECT s.id AS step_id, u.id AS unit_id, us.name AS step, l.key AS unit, f.id AS run,
-                coalesce(c.counts, false) AS counts,
-                coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
-                row_number() OVER (PARTITION BY s.id, u.id ORDER BY c.counts IS TRUE,
-                    c.state IS NOT DISTINCT FROM 'blocked' DESC, us.position, l.key) AS rank
-            FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id {_BELOW}
-            LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
+            SELECT s.id AS step_id, u.id AS unit_id, us.name AS step, n.total, n.covered,
+                o.key AS unit, o.state, o.why, f.id AS run,
+                row_number() OVER (PARTITION BY s.id, u.id, us.id) AS nth,
+                row_number() OVER (PARTITION BY s.id, u.id
+                    ORDER BY (o.state = 'blocked') DESC NULLS LAST, us.position, o.key) AS rank
+            FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id {_OPEN_BELOW}
+            LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, o.id)
             LEFT JOIN LATERAL ({_FAILED}) f ON c.state = 'blocked') z
         GROUP BY step_id, unit_id
         """,
@@ -317,10 +338,9 @@ def _origins(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, i
         WITH RECURSIVE walk(for_step, for_unit, step_id, unit_id, why) AS (
             SELECT q.step_id, q.unit_id, q.step_id, q.unit_id, 'upstream_failed' FROM {_PAIRS}
             UNION
-            SELECT w.for_step, w.for_unit, us.id, l.id, c.why
-            FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id {_BELOW}
-            JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.state = 'blocked'
-            WHERE w.why = 'upstream_failed')
+            SELECT w.for_step, w.for_unit, us.id, o.id, o.why
+            FROM walk w JOIN reduction_step s ON s.id = w.step_id JOIN unit u ON u.id = w.unit_id {_OPEN_BELOW}
+            WHERE w.why = 'upstream_failed' AND o.state = 'blocked')
         SELECT for_step, for_unit, jsonb_agg({_UPSTREAM_UNIT} ORDER BY rank) AS first
         FROM (
             SELECT w.for_step, w.for_unit, s.name AS step, u.key AS unit, c.state, c.why, f.id AS run,

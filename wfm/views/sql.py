@@ -46,7 +46,10 @@ _PIPELINES = "SELECT name FROM pipeline"
 _PIPELINES_HERE = "SELECT name FROM pipeline WHERE location_id = :loc AND deleted_at IS NULL"
 _OF_PIPELINE = _asked("p.name", "pipeline")
 _STEPS = f"SELECT s.name FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id WHERE {_OF_PIPELINE}"
-_UNITS = f"SELECT u.key FROM unit u JOIN pipeline p ON p.id = u.pipeline_id WHERE {_OF_PIPELINE}"
+_UNITS = f"""
+SELECT u.key FROM pipeline p JOIN (SELECT DISTINCT pipeline_id, dims FROM reduction_step) s ON s.pipeline_id = p.id
+JOIN unit u ON (u.pipeline_id, u.dims) = (s.pipeline_id, s.dims) WHERE {_OF_PIPELINE}
+"""
 _PACKAGES = "SELECT name FROM raw_data_package"
 _PRODUCTS = "SELECT path FROM data_product"
 
