@@ -1173,7 +1173,11 @@ def _fold_all(tx: Tx, pipeline: _Pipeline) -> None:
 
 
 def mend_tallies(tx: Tx, location_id: int) -> int:
-    """Count what lies in coarse units anew; returns how many tallies were wrong, of which none should be."""
+    """Count all that is tallied anew; returns how many tallies were wrong, of which none should be."""
+    return _mend_upstream(tx, location_id) + _mend_states(tx, location_id)
+
+
+def _mend_upstream(tx: Tx, location_id: int) -> int:
     lies = """
         unit_edge e JOIN unit l ON l.id = e.lower_id JOIN pipeline p ON p.id = l.pipeline_id AND p.location_id = :loc
     """
@@ -1208,4 +1212,43 @@ def mend_tallies(tx: Tx, location_id: int) -> int:
             """,
             rows=encode([dict(r._mapping) for r in wrong]),
         )
+    return len(wrong)
+
+
+def _mend_states(tx: Tx, location_id: int) -> int:
+    ours = "JOIN pipeline p ON p.id = u.pipeline_id AND p.location_id = :loc"
+    wrong = tx.all(
+        f"""
+        SELECT pipeline_id, dims, step_id, state, why, sum(units) AS units FROM (
+            SELECT u.pipeline_id, u.dims, NULL AS step_id, NULL AS state, NULL AS why, count(*) AS units
+            FROM unit u {ours} GROUP BY u.pipeline_id, u.dims
+            UNION ALL
+            SELECT u.pipeline_id, u.dims, c.step_id, c.state, c.why, count(*)
+            FROM coverage c JOIN unit u ON u.id = c.unit_id {ours}
+            GROUP BY u.pipeline_id, u.dims, c.step_id, c.state, c.why
+            UNION ALL
+            SELECT u.pipeline_id, u.dims, u.step_id, u.state, u.why, -u.units FROM coverage_tally u {ours}) z
+        GROUP BY pipeline_id, dims, step_id, state, why HAVING sum(units) <> 0
+        """,
+        loc=location_id,
+    )
+    if wrong:
+        tx.run(
+            """
+            INSERT INTO coverage_tally (pipeline_id, dims, step_id, state, why, units)
+            SELECT pipeline_id, dims, step_id, state, why, units
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS w(pipeline_id bigint, dims text, step_id bigint,
+                state text, why text, units bigint)
+            """,
+            rows=encode([dict(r._mapping) for r in wrong]),
+        )
+    tx.run(
+        """
+        WITH many AS MATERIALIZED (SELECT id FROM coverage_tally FOR UPDATE SKIP LOCKED),
+        gone AS (DELETE FROM coverage_tally t USING many WHERE t.id = many.id RETURNING t.*)
+        INSERT INTO coverage_tally (pipeline_id, dims, step_id, state, why, units)
+        SELECT pipeline_id, dims, step_id, state, why, sum(units) FROM gone
+        GROUP BY pipeline_id, dims, step_id, state, why HAVING sum(units) <> 0
+        """
+    )
     return len(wrong)

@@ -336,7 +336,7 @@ class TriggerManager(_Quiet):
         if mine:
             gaps.fold(tx, self.location, self._arrivals(tx, ()))
             if wrong := gaps.mend_tallies(tx, self.location):
-                log.error("%d tallies of what lies in coarse units were wrong, and are counted anew", wrong)
+                log.error("%d tallies of units and coverage were wrong, and are counted anew", wrong)
             gaps.reconcile(tx, self.location, self.actor)
         return None
 

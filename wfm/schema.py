@@ -516,6 +516,20 @@ upstream_tally = Table(
     Index("ix_upstream_tally_upper_id", "upper_id", "dims"),
 )
 
+# Units of these dims, and how many of them a step's coverage has in which state; sums of rows, as above.
+coverage_tally = Table(
+    "coverage_tally",
+    metadata,
+    _id(),
+    Column("pipeline_id", BigInteger, nullable=False),
+    _text("dims", None),
+    Column("step_id", BigInteger),  # none, as state and why: all units, with or without coverage
+    Column("state", Text),
+    Column("why", Text),
+    Column("units", BigInteger, nullable=False),
+    Index("ix_coverage_tally_pipeline_id", "pipeline_id", "dims"),
+)
+
 UPSTREAM_COUNTS = f"""
 SELECT coalesce(sum(n.units), 0)::bigint AS total, coalesce(sum(n.covered), 0)::bigint AS covered,
     coalesce(sum(n.blocked), 0)::bigint AS blocked,

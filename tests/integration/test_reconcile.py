@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import ACTOR, World
-from wfm import acts, gaps
+from wfm import acts, gaps, views
 from wfm.decide import MoveFacts
 from wfm.store import Move, Tx
 from wfm.whatif import _NEXT
@@ -308,9 +308,19 @@ def test_wrong_tallies_are_mended(nested: World) -> None:
     right = json.dumps(sorted(map(str, nested.query(TALLIES))))
     nested.query("UPDATE upstream_tally SET units = units + 1, digest = digest + 3 WHERE id % 2 = 0 RETURNING 1")
     nested.query("DELETE FROM upstream_tally WHERE id % 3 = 0 RETURNING 1")
+    nested.query("UPDATE coverage_tally SET units = units + 1 WHERE state = 'covered' RETURNING 1")
+    with nested.store.begin() as tx:
+        wrong = views.coverage_summary(tx.conn, 1)
     assert nested.act(lambda tx: gaps.mend_tallies(tx, 1)) > 0
     assert json.dumps(sorted(map(str, nested.query(TALLIES)))) == right
     assert nested.act(lambda tx: gaps.mend_tallies(tx, 1)) == 0
+    with nested.store.begin() as tx:
+        assert views.coverage_summary(tx.conn, 1) != wrong
+        counted = {(c.step, str(s)): n for c in views.coverage_summary(tx.conn, 1) for s, n in c.states.items() if n}
+    rows = nested.query(
+        "SELECT s.name, c.state, count(*) AS n FROM coverage c JOIN reduction_step s ON s.id = c.step_id GROUP BY 1, 2"
+    )
+    assert counted == {(r.name, r.state): r.n for r in rows}
 
 
 TALLIES = """

@@ -727,7 +727,6 @@ def test_coverage_summary_counts_every_unit(conn: Connection, night: Night) -> N
         "quick/look": (1, {"active": 1}),
     }
     assert list(told("quick")) == ["quick/look"]
-    night.unit("maps", SCAN, "without members")
     night.unit("maps", SCAN, "new")
     night.package("p5", "new")
     assert told()["maps/calibrate"] == (4, {"covered": 1, "blocked": 1, "active": 1, "waiting": 1})

@@ -520,14 +520,14 @@ def coverage_summary(conn: Connection, location_id: int, pipeline: str | None = 
     rows = _all(
         conn,
         f"""
-        SELECT p.name AS pipeline, s.name AS step, coalesce(z.states, '{{}}') AS states
+        SELECT p.name AS pipeline, s.name AS step, coalesce(z.states, '{{}}') AS states, coalesce(z.units, 0) AS units
         FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
         CROSS JOIN LATERAL (
-            SELECT jsonb_object_agg(state, n) AS states FROM (
-                SELECT coalesce(c.state, 'waiting') AS state, count(*) AS n
-                FROM unit u LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
-                WHERE u.pipeline_id = p.id AND u.dims = s.dims AND (u.members > 0 OR c.step_id IS NOT NULL)
-                GROUP BY 1) y) z
+            SELECT jsonb_object_agg(state, n) FILTER (WHERE state IS NOT NULL) AS states,
+                sum(n) FILTER (WHERE state IS NULL)::bigint AS units
+            FROM (SELECT state, sum(units)::bigint AS n FROM coverage_tally t
+                WHERE t.pipeline_id = p.id AND t.dims = s.dims AND (t.step_id IS NULL OR t.step_id = s.id)
+                GROUP BY state) y) z
         WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND {_OF_PIPELINE}
         ORDER BY p.name, s.position
         """,
@@ -537,5 +537,6 @@ def coverage_summary(conn: Connection, location_id: int, pipeline: str | None = 
     lines = []
     for r in rows:
         states = dict.fromkeys(CoverageState, 0) | {CoverageState(s): n for s, n in r["states"].items()}
+        states[CoverageState.WAITING] += max(0, r["units"] - sum(states.values()))
         lines.append(CoverageLine(pipeline=r["pipeline"], step=r["step"], units=sum(states.values()), states=states))
     return lines
