@@ -972,14 +972,27 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
         pipeline=step.pipeline_id,
         limits=_limits(tx),
     )
-    # Units of a step that is grouped otherwise now, until that is noted.
-    orphans = tx.all(
+    return [*(row.units or ()), *_orphans(tx, step)]
+
+
+def _orphans(tx: Tx, step: Any) -> list[int]:
+    """Units of a step that is grouped otherwise now, until that is noted."""
+    (many,) = tx.all(
+        "SELECT coalesce(sum(units), 0) AS units FROM coverage_tally"
+        " WHERE pipeline_id = :pipeline AND step_id = :step AND dims <> :dims AND why <> 'orphaned'",
+        pipeline=step.pipeline_id,
+        step=step.id,
+        dims=step.dims,
+    )
+    if not many.units:
+        return []
+    rows = tx.all(
         "SELECT c.unit_id FROM coverage c JOIN unit u ON u.id = c.unit_id"
         " WHERE c.step_id = :step AND u.dims <> :dims AND c.why <> 'orphaned' ORDER BY c.unit_id",
         step=step.id,
         dims=step.dims,
     )
-    return [*(row.units or ()), *(o.unit_id for o in orphans)]
+    return [r.unit_id for r in rows]
 
 
 def _limits(tx: Tx) -> str:
@@ -1189,9 +1202,9 @@ def _mend_upstream(tx: Tx, location_id: int) -> int:
             SELECT e.upper_id, l.dims, NULL AS step_id, count(*) AS units, 0 AS covered, 0 AS blocked, 0 AS digest
             FROM {lies} GROUP BY e.upper_id, l.dims
             UNION ALL
-            SELECT e.upper_id, l.dims, c.step_id, 0, count(*) FILTER (WHERE c.state = 'covered'),
-                count(*) FILTER (WHERE c.state = 'blocked'), sum(c.result) FILTER (WHERE c.state = 'covered')
-            FROM {lies} JOIN coverage c ON c.unit_id = l.id AND c.state IN ('covered', 'blocked')
+            SELECT e.upper_id, l.dims, c.step_id, 0, count(*) FILTER (WHERE c.counts),
+                count(*) FILTER (WHERE c.state = 'blocked'), sum(c.result) FILTER (WHERE c.counts)
+            FROM {lies} JOIN coverage c ON c.unit_id = l.id AND (c.counts OR c.state = 'blocked')
             GROUP BY e.upper_id, l.dims, c.step_id
             UNION ALL
             SELECT t.upper_id, t.dims, t.step_id, -t.units, -t.covered, -t.blocked, -t.digest FROM upstream_tally t
