@@ -278,14 +278,14 @@ def test_two_workflow_managers_share_the_slots(hands):
     hands.world.register(hands.world.package("a"))
     hands.do(Role.TRIGGER_MANAGER, "reconcile")
     for name in ("p", "urgent"):
-        hands.world.act(lambda tx, name=name: acts.pause(tx, name, None, ACTOR))
+        hands.world.act(lambda tx, name=name: acts.pause(tx, name, None, None, ACTOR))
     hands.do(Role.WORKFLOW_MANAGER, "admission")
     assert not hands.world.query("SELECT 1 FROM event WHERE type = 'gap.detected' AND done_at IS NULL")
     one, two = (hands.role(Role.WORKFLOW_MANAGER).work for _ in range(2))
-    hands.world.act(lambda tx: acts.resume(tx, "p", None, ACTOR))
+    hands.world.act(lambda tx: acts.resume(tx, "p", None, None, ACTOR))
     with hands.world.store.begin() as tx:
         one.admit(tx)
-        hands.world.act(lambda other: acts.resume(other, "urgent", None, ACTOR))
+        hands.world.act(lambda other: acts.resume(other, "urgent", None, None, ACTOR))
         with beside(hands.world, two.admit) as waits:
             waits()
             tx.conn.commit()

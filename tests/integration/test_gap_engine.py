@@ -378,11 +378,11 @@ class Engine(RuleBasedStateMachine):
 
     @rule(step=st.sampled_from([None, "scan", "source"]))
     def pause(self, step: str | None) -> None:
-        self.act(lambda tx: acts.pause(tx, "maps", step, ACTOR))
+        self.act(lambda tx: acts.pause(tx, "maps", step, None, ACTOR))
 
     @rule(step=st.sampled_from([None, "scan", "source"]))
     def resume(self, step: str | None) -> None:
-        self.act(lambda tx: acts.resume(tx, "maps", step, ACTOR))
+        self.act(lambda tx: acts.resume(tx, "maps", step, None, ACTOR))
 
     @rule(on=st.booleans())
     def enable(self, on: bool) -> None:

@@ -95,7 +95,7 @@ def test_plan_names_what_is_held_and_why(world: World, cli: Cli) -> None:
     world.pipeline("p", [SCAN, MAP], trigger="MANUAL")
     world.pipeline("q", [SCAN])
     world.register(world.package("a"))
-    world.act(lambda tx: acts.pause(tx, "q", None, ACTOR))
+    world.act(lambda tx: acts.pause(tx, "q", None, None, ACTOR))
     plan = cli.json("plan")
     assert [(s["pipeline"], s["step"], [g["why"] for g in s["gaps"]]) for s in plan["steps"]] == [
         ("p", "scan", ["manual_only"]),

@@ -153,7 +153,7 @@ def test_after_a_reconciliation_a_full_evaluation_changes_nothing(nested: World,
     def switch() -> Any:
         name = rng.choice(["scan", "map", None])
         act = rng.choice([acts.pause, acts.resume])
-        return lambda tx: act(tx, "nested", name, ACTOR)
+        return lambda tx: act(tx, "nested", name, None, ACTOR)
 
     def enable() -> Any:
         on = rng.random() < 0.7
@@ -225,14 +225,14 @@ def test_a_reconciliation_decides_nothing_again(nested: World, decided: list[gap
     nested.act(reconcile)
     assert decided == []
     # What is held is not looked at again either, until what holds it changes.
-    nested.act(lambda tx: acts.pause(tx, "nested", None, ACTOR))
+    nested.act(lambda tx: acts.pause(tx, "nested", None, None, ACTOR))
     nested.register(nested.package("p5", obs_unit="o1"))
     nested.act(reconcile)
     assert len(decided) == 4  # its scan, its flag, its map, and all; no covered unit
     decided.clear()
     nested.act(reconcile)
     assert decided == []
-    nested.act(lambda tx: acts.resume(tx, "nested", None, ACTOR))
+    nested.act(lambda tx: acts.resume(tx, "nested", None, None, ACTOR))
     nested.act(reconcile)
     assert len(decided) == 4
 
