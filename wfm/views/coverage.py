@@ -317,7 +317,8 @@ def _failures(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, 
         CROSS JOIN LATERAL (
             SELECT count(*) AS times, jsonb_agg(to_jsonb(z) - 'n' ORDER BY n) FILTER (WHERE n <= :first) AS last
             FROM (
-                SELECT r.id AS run, t.attempt, t.failure, t.exit_code, t.reason AS message, t.at,
+                SELECT r.id AS run, t.attempt, t.failure, t.exit_code, t.reason AS message,
+                    to_char(t.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS at,
                     row_number() OVER (ORDER BY t.at DESC, r.id DESC, t.version DESC) AS n
                 FROM run r JOIN transition t ON t.run_id = r.id AND t.trigger = 'fail'
                 WHERE (r.step_id, r.unit_id, r.wanted) = (c.step_id, c.unit_id, c.wanted)) z) f
