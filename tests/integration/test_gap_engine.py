@@ -13,7 +13,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -36,7 +36,9 @@ from wfm.decide import (
     choose_version,
     gap,
 )
+from wfm.errors import DocumentError
 from wfm.model import FINAL_STATES, Actor, CoverageState, FailureClass, RunState, TriggerType, VersionPolicy
+from wfm.revoke import Kind, State, Thing, set_state
 from wfm.roles import TriggerManager, WorkflowManager
 from wfm.service import open_store
 from wfm.store import WITHDRAWN, Move, Tx, failed, message
@@ -67,7 +69,8 @@ class Plain:
     """Coverage from the catalogue, the definitions and the runs alone, by looking at all of them.
 
     What a run is worth is what it read: its packages with their contents, and of each result that it read the same,
-    down to the raw data; with the versions and configs of all of them. No digest takes part.
+    down to the raw data; with the versions and configs of all of them. Where such results were revoked, it also counts
+    which of them it is. No digest takes part, but to tell that.
     """
 
     def __init__(self, tx: Tx) -> None:
@@ -77,9 +80,12 @@ class Plain:
             SELECT p.id, p.name, p.item, p.state, p.metadata, e.name AS executed_obs_unit, o.name AS obs_unit,
                 s.name AS source
             FROM raw_data_package p JOIN executed_obs_unit e ON e.id = p.executed_obs_unit_id
-            JOIN obs_unit o ON o.id = e.obs_unit_id LEFT JOIN source s ON s.id = o.source_id
+            JOIN obs_unit o ON o.id = e.obs_unit_id LEFT JOIN source s ON s.id = o.source_id WHERE p.revoked_by = ''
             """
         )
+        self.configs = {c.id: c.hash for c in tx.all("SELECT id, hash FROM config_revision")}
+        self.revoked = {d.run_id for d in tx.all("SELECT run_id FROM data_product WHERE revoked_by <> ''")}
+        self.made: dict[Hashable, list[Any]] = defaultdict(list)
         self.runs: dict[tuple[int, str], list[Any]] = defaultdict(list)
         for r in tx.all("SELECT r.*, u.key FROM run r JOIN unit u ON u.id = r.unit_id ORDER BY r.id"):
             self.runs[r.step_id, r.key].append(r)
@@ -103,8 +109,21 @@ class Plain:
         for r in sorted((r for runs in self.runs.values() for r in runs), key=lambda r: int(r.id)):
             # Upstream runs are always older: they were done before this one was made.
             upstream = frozenset(read[i] for i in inputs[r.id])
-            read[r.id] = _worth(r.step_id, r.key, members[r.id], upstream, r.software_version_id, r.config_revision_id)
+            config = self.configs.get(r.config_revision_id)
+            worth = _worth(r.step_id, r.key, members[r.id], upstream, r.software_version_id, config)
+            self.made[worth].append(r)
+            read[r.id] = worth, self._places(worth).index(r.wanted)
         return read
+
+    def _places(self, worth: Hashable) -> list[str]:
+        """The first result of this worth, that in its place when it was revoked, that in the place of this one."""
+        return list(dict.fromkeys(r.wanted for r in self.made[worth]))
+
+    def _in_place(self, worth: Hashable) -> Hashable:
+        """Which of these is wanted now: the first of which none is revoked."""
+        bad = {r.wanted for r in self.made[worth] if r.id in self.revoked}
+        places = self._places(worth)
+        return worth, next((n for n, wanted in enumerate(places) if wanted not in bad), len(places))
 
     def compute(self) -> dict[Pair, Said]:
         for p in self.tx.all(
@@ -167,22 +186,25 @@ class Plain:
         ]
         version, fault = choose_version(VersionPolicy(s.version_policy), s.version, versions)
         config = self.tx.all(
-            "SELECT id FROM config_revision WHERE config_id = :c ORDER BY revision DESC LIMIT 1", c=s.config_id or 0
+            "SELECT id FROM config_revision WHERE config_id = :c AND revoked_by = '' ORDER BY revision DESC LIMIT 1",
+            c=s.config_id or 0,
         )
+        unusable = "all are revoked" if s.config_id and not config else ""
         results = frozenset(covered[i][k] for _, keys, i in upstream for k in keys if k in covered[i])
-        worth = _worth(s.id, key, members, results, version.id if version else None, config[0].id if config else None)
+        parameters = self.configs[config[0].id] if config else None
+        worth = self._in_place(_worth(s.id, key, members, results, version.id if version else None, parameters))
+        known = version is not None and not unusable
         runs = self.runs.get((s.id, key), [])
         active = [r for r in runs if r.state not in FINAL_STATES]
         ended = [
-            r
-            for r in runs
-            if r.state in FINAL_STATES and r.failure != WITHDRAWN and version and self.read[r.id] == worth
+            r for r in runs if r.state in FINAL_STATES and r.failure != WITHDRAWN and known and self.read[r.id] == worth
         ]
         ended.sort(key=lambda r: (r.state == RunState.COMPLETED, r.id))
         facts = GapFacts(
             members=len(members),
-            wanted=self._name(worth) if version else "",
+            wanted=self._name(worth) if known else "",
             version_fault=fault,
+            config_fault=unusable,
             upstream=tuple(
                 Upstream(
                     step=name,
@@ -361,7 +383,22 @@ class Engine(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 2))
     def edit_config(self, n: int) -> None:
-        self.apply(json.dumps({"kind": "config", "name": "settings", "parameters": {"n": n}}))
+        with suppress(DocumentError):  # what was revoked cannot be applied
+            self.apply(json.dumps({"kind": "config", "name": "settings", "parameters": {"n": n}}))
+
+    @rule(kind=st.sampled_from(["config", "package", "product", "product"]), which=numbers, back=st.booleans())
+    def revoke(self, kind: str, which: int, back: bool) -> None:
+        """A config, a package or a product is revoked, or one that was is not any more."""
+        tables = {"config": "config_revision", "package": "raw_data_package", "product": "data_product"}
+
+        def work(tx: Tx) -> None:
+            there = f"SELECT id FROM {tables[kind]} WHERE (revoked_by <> '') = :back ORDER BY id"
+            if ids := [r.id for r in tx.all(there, back=back)]:
+                before, after = (State.REVOKED, State.ACTIVE) if back else (State.ACTIVE, State.REVOKED)
+                thing = Thing(kind=Kind(kind), id=ids[which % len(ids)], name="x", state=before)
+                set_state(tx, thing, after, ACTOR)
+
+        self.act(work)
 
     @rule(major=st.integers(1, 2))
     def release(self, major: int) -> None:
@@ -452,6 +489,8 @@ class Engine(RuleBasedStateMachine):
                 moved, refused = tx.move([Move(run, step, ACTOR, MoveFacts(exit_record=True))])
                 assert not refused
                 run = moved[run.id]
+            product = "INSERT INTO data_product (run_id, attempt, type, path, size, checksum)"
+            tx.run(f"{product} VALUES (:run, :attempt, 'SCIENCE', 'p', 1, 'c')", run=run.id, attempt=run.attempt)
         else:
             moved, refused = tx.move([failed(run, FailureClass.OUTPUT, "it is bad", ACTOR, 0.0)])
             assert not refused
