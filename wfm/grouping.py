@@ -483,6 +483,9 @@ def unit_key(values: Mapping[str, str | None]) -> str:
 
 # --- SQL ---
 
+NOT_REVOKED: ColumnElement[bool] = raw_data_package.c.revoked_by == ""
+"""What is revoked belongs to no grouping, whatever its rules say."""
+
 
 def select_packages(
     rules: Sequence[Condition],
@@ -500,12 +503,12 @@ def select_packages(
         values: keep only packages of the units with these values (a mapping has every dimension; None is NULL).
 
     Returns:
-        Columns ``id`` and ``item`` of raw_data_package, then one text per dimension in canonical order. A
-        package comes once or not at all; a revoked one not at all.
+        Columns ``id`` and ``item`` of raw_data_package, then one text per dimension in canonical order, named
+        like the dimension. A package comes once or not at all; a revoked one not at all.
     """
     found = _dimensions(dims)
     columns = {name: d.value for name, d in found.items()}
-    conditions = [raw_data_package.c.revoked_by == "", *(condition(rule) for rule in rules)]
+    conditions = [NOT_REVOKED, *(condition(rule) for rule in rules)]
     if package_ids is not None:
         conditions.append(raw_data_package.c.id == any_(literal(list(package_ids), ARRAY(BigInteger))))
     if values is not None:

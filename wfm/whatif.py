@@ -154,8 +154,7 @@ def plan(
         ids = None
         if pipeline is not None:
             ids = [r.id for r in tx.all("SELECT id FROM pipeline WHERE name = :name", name=pipeline)]
-        gaps.reconcile(tx, location_id, ACTOR, ids)
-        in_time()
+        gaps.reconcile(tx, location_id, ACTOR, ids, in_time)
         return _planned(tx, location_id, pipeline, step)
 
     return undone(store, work, seconds, "name a pipeline, or allow more seconds")

@@ -27,11 +27,14 @@ def apply(cli: Cli, text: str, code: int = 0) -> Any:
 
 
 def sort(world: World) -> None:
-    """What the trigger-manager does with all packages."""
+    """Reconciliation sorts all packages; what it sorted is then as the catalogue says, also for packages one by one."""
     packages = [r.id for r in world.query("SELECT id FROM raw_data_package")]
     with world.store.begin() as tx:
-        gaps.fold(tx, 1, packages)
         gaps.reconcile(tx, 1, Actor("trigger-manager"))
+        sorted_ = tx.all("SELECT id, generation FROM unit ORDER BY id")
+        assert gaps.fold(tx, 1, packages) == set()
+        gaps.reconcile(tx, 1, Actor("trigger-manager"))
+        assert tx.all("SELECT id, generation FROM unit ORDER BY id") == sorted_
 
 
 def units(world: World, pipeline: str) -> dict[str, set[str]]:
@@ -185,6 +188,12 @@ def test_units_by_what_packages_say_of_themselves(world: World, cli: Cli) -> Non
     sort(world)
     members = {key: some for key, some in units(world, "p").items() if len(key) > 1}
     assert members == {"350": {"a", "b"}, "co-4-3": {"c"}, "none": {"d", "e"}}
+    world.register(world.package("a", metadata={"instrument_configuration": {"filter_wheel_position": {"name": "K"}}}))
+    long = "raw_data_package.metadata:instrument_configuration.filter_wheel_position.name"
+    apply(cli, text.replace("raw_data_package.metadata:band", long).replace("name: p\n", "name: q\n"))
+    sort(world)
+    members = {key: some for key, some in units(world, "q").items() if len(key) > 1 or key == "k"}
+    assert members == {"k": {"a"}, "none": {"b", "c", "d", "e"}}
     said = apply(cli, text.replace("[raw_data_package]", "[source]"), code=2).stderr
     assert "is grouped by raw_data_package.metadata:band, which the units of 'one' (grouped by source)" in said
 

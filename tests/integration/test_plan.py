@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness import ACTOR, World
 from tests.integration.test_cli import Cli
-from wfm import acts, gaps, views
+from wfm import gaps, views
 from wfm.decide import MoveFacts
 from wfm.model import Actor
 from wfm.store import Move
@@ -95,7 +95,7 @@ def test_plan_names_what_is_held_and_why(world: World, cli: Cli) -> None:
     world.pipeline("p", [SCAN, MAP], trigger="MANUAL")
     world.pipeline("q", [SCAN])
     world.register(world.package("a"))
-    world.act(lambda tx: acts.pause(tx, "q", None, None, ACTOR))
+    cli("pause", "q", "--reason", "a test")
     plan = cli.json("plan")
     assert [(s["pipeline"], s["step"], [g["why"] for g in s["gaps"]]) for s in plan["steps"]] == [
         ("p", "scan", ["manual_only"]),
@@ -145,7 +145,9 @@ def test_explain_counts_each_rule_alone_and_together(world: World, cli: Cli) -> 
         world.package("a", metadata={"band": "CO"}),
         world.package("b", metadata={"band": "CI"}),
         world.package("c"),
+        world.package("revoked"),
     )
+    cli("revoke", "package", "revoked", "--reason", "a test", "--yes")
     cli("apply", "-f", "-", stdin=dedent(RULES).replace("NGC235", "NGC253"))
     world.pipeline("p", [SCAN], grouping="g")
     (found,) = cli.json("plan", "p", "--explain")

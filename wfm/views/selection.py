@@ -32,7 +32,7 @@ class RuleCount(Struct, frozen=True, kw_only=True):
 
 
 class Selection(Struct, frozen=True, kw_only=True):
-    """How a grouping comes to its packages: how many there are, how many it selects, and the count of each rule."""
+    """How a grouping comes to its packages: how many there are (without revoked ones), how many it selects, by rule."""
 
     grouping: str
     packages: int
@@ -72,7 +72,7 @@ def explain(conn: Connection, name: str, rules: Sequence[Any]) -> Selection:
         func.count().filter(and_(*map(grouping.condition, conditions[: n + 1]))) for n, _ in enumerate(conditions)
     ]
     total, *counts = conn.execute(
-        select(func.count(), *alone, *together).select_from(grouping.joined(conditions))
+        select(func.count(), *alone, *together).select_from(grouping.joined(conditions)).where(grouping.NOT_REVOKED)
     ).one()
     left = counts[len(alone) :]
     lines = []
@@ -107,7 +107,8 @@ def _nearest(conn: Connection, rule: grouping.Condition) -> list[str]:
     if not isinstance(rule, grouping.Rule) or not (asked := rule.texts):
         return []
     value = grouping.text_of(rule)
-    rows = select(value, func.count()).select_from(grouping.joined([rule])).where(value.is_not(None)).group_by(value)
+    there_is = (grouping.NOT_REVOKED, value.is_not(None))
+    rows = select(value, func.count()).select_from(grouping.joined([rule])).where(*there_is).group_by(value)
     # Only texts of about the same length can be near.
     by_length = rows.order_by(func.abs(func.length(value) - len(asked[0])), func.count().desc()).limit(2000)
     there: dict[str, int] = {row[0]: row[1] for row in conn.execute(by_length)}
