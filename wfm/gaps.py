@@ -541,11 +541,15 @@ FROM (
 """
 """For a LATERAL join: what lies in unit ``u`` of step ``s``, by upstream step."""
 
+_REVOKED = """
+SELECT r.unit_id, string_agg(DISTINCT r.wanted, ' ') AS digests
+FROM data_product d JOIN run r ON r.id = d.run_id WHERE d.revoked_by <> '' AND r.step_id = s.id
+"""
+"""The digests whose results must not be used, of units of step ``s``."""
+
 _FINGERPRINTS = """
-hashtextextended(concat_ws(' ', rules.basis, u.generation, up.seen, (SELECT string_agg(DISTINCT r.wanted, ' ')
-    FROM data_product d JOIN run r ON r.id = d.run_id
-    WHERE d.revoked_by <> '' AND (r.step_id, r.unit_id) = (s.id, u.id))), 0) AS basis,
-hashtextextended(concat_ws(' ', rules.gates, c.requested, c.paused_by, c.backfill_id, b.paused_by), 0) AS gates
+hashtextextended(ROW(rules.basis, u.generation, up.seen, rv.digests)::text, 0) AS basis,
+hashtextextended(ROW(rules.gates, c.requested, c.paused_by, c.paused_reason, b)::text, 0) AS gates
 """
 """Of one pair: all facts that `gap` looks at, except runs, whose moves write coverage, and time, for which it is due.
 
@@ -556,6 +560,8 @@ into `gates`.
 
 def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
     """Everything `decide.gap` looks at, in few statements; locks the coverage rows."""
+    # Each join is a look-up by key: in the order written, or the planner would now and then read whole tables.
+    tx.run("SET LOCAL join_collapse_limit TO 1")
     rows = tx.all(
         f"""
         WITH c AS MATERIALIZED (
@@ -608,12 +614,14 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
                 AND revoked_by = '' AND (s.config_revision_id IS NULL OR id = s.config_revision_id)
             ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL ({_UPSTREAM}) up ON true
+        LEFT JOIN LATERAL ({_REVOKED} AND r.unit_id = c.unit_id GROUP BY r.unit_id) rv ON true
         """,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
         withdrawn=WITHDRAWN,
         limits=_limits(tx),
     )
+    tx.run("SET LOCAL join_collapse_limit TO DEFAULT")
     _sum_up(tx, [r.unit_id for r in rows if any(z["parts"] > TALLY_ROWS for z in r.upstream or ())])
     versions: dict[int, list[SoftwareVersion]] = defaultdict(list)
     for v in tx.all(
@@ -950,6 +958,8 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
     (row,) = tx.all(
         f"""
         WITH rules AS MATERIALIZED ({_RULES} WHERE s.id = :step),
+        revoked AS MATERIALIZED (SELECT z.* FROM reduction_step s
+            CROSS JOIN LATERAL ({_REVOKED} GROUP BY r.unit_id) z WHERE s.id = :step),
         purged AS MATERIALIZED (SELECT DISTINCT t.run_id FROM task t JOIN run r ON r.id = t.run_id
             WHERE t.kind = 'purge' AND t.state <> 'closed' AND t.attempt = r.attempt AND r.step_id = :step)
         SELECT array_agg(z.unit_id ORDER BY z.unit_id) AS units FROM (
@@ -961,6 +971,7 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
             LEFT JOIN run a ON (a.step_id, a.unit_id) = (:step, u.id) AND a.finished_at IS NULL
             LEFT JOIN run f ON f.step_id = :step AND f.id = c.run_id AND f.state IN ('FAILED', 'CANCELLED')
             LEFT JOIN purged g ON g.run_id = c.run_id
+            LEFT JOIN revoked rv ON rv.unit_id = u.id
             {f"LEFT JOIN LATERAL ({_UPSTREAM}) up ON true" if step.nested else "CROSS JOIN (SELECT NULL AS seen) up"}
             WHERE u.pipeline_id = :pipeline AND u.dims = :dims AND (s.active OR c.step_id IS NOT NULL)) z
         WHERE z.state IS NULL OR z.had_basis IS DISTINCT FROM z.basis

@@ -21,7 +21,7 @@ def _guard(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 # Migrations; the tests' databases are at the newest revision.
 _TALLIES = "wfm/migrations/versions/0006_upstream_tallies.py"
-_RESTS_ON = "wfm/migrations/versions/0008_what_decisions_rest_on.py"
+_RESTS_ON = "wfm/migrations/versions/0018_what_decisions_rest_on.py"
 
 RUNS = [
     _guard(
