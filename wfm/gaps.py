@@ -801,7 +801,7 @@ def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
         wanted=list(wanted.values()),
         withdrawn=WITHDRAWN,
     )
-    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message, r.failures) for r in rows}
+    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message, failures=r.failures) for r in rows}
 
 
 def _situation(
