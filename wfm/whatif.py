@@ -23,7 +23,7 @@ from wfm.documents import Change, Documents
 from wfm.errors import NotFoundError, UnavailableError
 from wfm.grouping import unknown
 from wfm.model import Actor, CoverageState, RunState, Why
-from wfm.store import Move, Store, Tx
+from wfm.store import WITHDRAWN, Move, Store, Tx
 from wfm.views import Estimate, StepCost
 
 T = TypeVar("T")
@@ -291,7 +291,7 @@ def _effects(tx: Tx, pipelines: Sequence[int]) -> list[StepEffect]:
                 count(*) FILTER (WHERE z.here AND b.state = 'covered' AND c.state <> 'covered') AS stale,
                 count(*) FILTER (WHERE z.here AND NOT coalesce(b.part AND b.state <> 'empty', false)) AS new,
                 count(*) FILTER (WHERE NOT z.here AND b.part AND b.state <> 'empty') AS orphaned,
-                count(b.run_id) FILTER (WHERE NOT z.here OR r.finished_at IS NOT NULL OR c.why = 'newer_input') AS runs
+                count(b.run_id) FILTER (WHERE NOT z.here OR r.failure = :withdrawn OR c.why = 'newer_input') AS runs
             FROM coverage c JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
             JOIN unit u ON u.id = c.unit_id
             LEFT JOIN before_change b ON (b.step_id, b.unit_id) = (c.step_id, c.unit_id)
@@ -301,6 +301,7 @@ def _effects(tx: Tx, pipelines: Sequence[int]) -> list[StepEffect]:
         WHERE stale + new + orphaned + runs > 0 ORDER BY pipeline, position, step
         """,
         ids=list(pipelines),
+        withdrawn=WITHDRAWN,
     )
     return [StepEffect(r.pipeline, r.step, r.stale, r.new, r.orphaned, r.runs) for r in rows]
 

@@ -700,4 +700,37 @@ TRIGGERS = [
     ),
 ]
 
-MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS]
+_EDITING = "tests/acceptance/test_editing.py"
+
+EDITING = [
+    _guard(
+        "what has not started is withdrawn with its step or unit",
+        "wfm/decide.py",
+        "unwanted = f.unwanted or (",
+        "unwanted = (",
+        f"{_EDITING}::test_runs_of_a_step_that_is_removed",
+    ),
+    _guard(
+        "a run of a step that is gone is not built",
+        _ROLES,
+        "if not r.part",
+        "if False",
+        f"{_EDITING}::test_a_run_that_was_admitted_before_anybody_saw_the_change_is_not_built",
+    ),
+    _guard(
+        "units of a step that is grouped otherwise are looked at once more",
+        _ROLES,
+        "AND c.why <> 'orphaned'",
+        "AND false",
+        f"{_EDITING}::test_a_step_that_is_grouped_otherwise_orphans_its_units_and_takes_them_back",
+    ),
+    _guard(
+        "results are looked for where the job was told to leave them",
+        _KINDS,
+        "_Collection(run.job.directory, *built_for(run.job))",
+        "_Collection(run.job.directory, run.step, False)",
+        f"{_EDITING}::test_a_step_that_is_no_longer_the_last_one_while_it_runs",
+    ),
+]
+
+MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING]
