@@ -257,33 +257,37 @@ def _lock_coverage(tx: Tx, pairs: Sequence[gaps.Pair]) -> None:
 
 
 def _let_go(tx: Tx, b: Any, pairs: Sequence[gaps.Pair], actor: Actor) -> None:
-    """Ask for no unit any more, and withdraw what was made for this backfill and waits for its first slot."""
+    """Withdraw what was made for this backfill and waits for its first slot, and ask for no unit any more."""
     _lock_coverage(tx, pairs)
-    tx.run(
-        """
-        UPDATE coverage c SET requested = false, backfill_id = NULL
-        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
-        WHERE (c.step_id, c.unit_id) = (q.s, q.u) AND c.backfill_id = :id
-        """,
-        steps=[p[0] for p in pairs],
-        units=[p[1] for p in pairs],
-        id=b.id,
-    )
+    steps, units = [p[0] for p in pairs], [p[1] for p in pairs]
     waiting = tx.all(
         f"""
         SELECT r.id FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
         JOIN run r ON (r.step_id, r.unit_id) = (q.s, q.u) AND r.state NOT IN {_FINAL}
         WHERE r.state = 'PENDING' AND r.attempt = 1 AND r.backfill_id = :id
         """,
-        steps=[p[0] for p in pairs],
-        units=[p[1] for p in pairs],
+        steps=steps,
+        units=units,
         id=b.id,
     )
     runs = tx.lock_runs([r.id for r in waiting], coverage=False)
     reason = f"backfill {b.name} was cancelled by {actor.name}" + (f": {actor.reason}" if actor.reason else "")
     sets = {"failure": WITHDRAWN, "message": reason}
     by = Actor(actor.name, reason)
-    tx.move([Move(r, "withdraw", by, sets=sets) for r in runs.values() if r.state is RunState.PENDING])
+    gone, _ = tx.move([Move(r, "withdraw", by, sets=sets) for r in runs.values() if r.state is RunState.PENDING])
+    # A run that is withdrawn asks for another one in its place: not here.
+    tx.run(
+        """
+        UPDATE coverage c SET requested = false, backfill_id = NULL
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
+        WHERE (c.step_id, c.unit_id) = (q.s, q.u) AND (c.backfill_id = :id OR EXISTS (
+            SELECT 1 FROM run r WHERE r.id = ANY(:gone) AND (r.step_id, r.unit_id) = (c.step_id, c.unit_id)))
+        """,
+        steps=steps,
+        units=units,
+        id=b.id,
+        gone=list(gone),
+    )
     tx.run(
         f"""
         UPDATE backfill_unit b SET state = 'skipped', note = 'the backfill was cancelled'

@@ -459,10 +459,9 @@ class WorkflowManager(_Quiet):
         """The first of the PENDING runs that can start; where there is place left, others, to be told why they wait."""
         can_start = """
             p.enabled AND p.paused_by = '' AND s.paused_by = '' AND r.cpu <= :cpu AND r.memory_gb <= :memory_gb
-            AND NOT EXISTS (SELECT 1 FROM coverage c
-                WHERE (c.step_id, c.unit_id) = (r.step_id, r.unit_id) AND c.paused_by <> '')
-            AND NOT EXISTS (SELECT 1 FROM backfill b WHERE b.id = r.backfill_id AND b.paused_by <> '')
-        """
+            AND (r.step_id, r.unit_id) NOT IN (SELECT step_id, unit_id FROM coverage WHERE paused_by <> '')
+            AND coalesce(r.backfill_id, 0) NOT IN (SELECT id FROM backfill WHERE paused_by <> '')
+        """  # NOT IN: both are small, and looked up while the index is read; an anti-join would read the whole backlog
         first = self._first(tx, can_start, busy, CANDIDATES)
         left = CANDIDATES - len(first)
         return [*first, *(self._first(tx, f"NOT ({can_start})", busy, left) if left else ())]

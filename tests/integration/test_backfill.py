@@ -11,6 +11,7 @@ from msgspec import structs
 from tests.harness import World, wait_until
 from tests.integration.test_cli import Cli
 from tests.integration.test_limits import flying, gated, let_end, take_place_of, waits_for
+from wfm.backfill import feeder
 from wfm.model import Role
 
 COPY = [{"name": "one", "group_by": ["raw_data_package"]}]
@@ -277,3 +278,18 @@ def test_what_does_not_go_together_is_said_at_once(world, cli):
 @pytest.mark.parametrize("kind", ["missing", "failed", "stale", "all"])
 def test_every_kind_is_offered(kind, cli):
     assert f"--{kind}" in cli("backfill", "start", "--help").stdout
+
+
+def test_a_unit_whose_coverage_is_late_is_not_taken_for_done(world, cli):
+    """Its upstream is there again, and the trigger-manager has not said so yet when its turn comes."""
+    world.pipeline("p", TWO)
+    with world.roles():
+        observed(world, 1)
+        wait_until(lambda: world.all_covered(2))
+    begin(cli, "p/two", "--all")
+    with world.store.begin() as tx:
+        tx.run("UPDATE coverage SET state = 'waiting', why = 'waiting_for_upstream' WHERE run_id = :id", id=2)
+    for _ in range(2):
+        with world.store.begin() as tx:
+            feeder(1)(tx)
+    assert [(r.step, r.state, r.attempt) for r in world.runs()] == [("one", "COMPLETED", 1), ("two", "PENDING", 2)]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event as sa_event
 
 from tests.harness import World, wait_until
 from tests.integration.test_cli import Cli
 from wfm.model import Role
+from wfm.roles import CANDIDATES
+from wfm.service import build
 
 ONE = {"name": "one", "software": "gated", "group_by": ["raw_data_package"]}
 
@@ -193,3 +197,50 @@ def test_a_paused_unit_lets_others_pass_until_it_is_resumed(world, cli):
         assert "was not paused" in cli("resume", "maps", name).stdout
         assert "was not paused" in cli("resume", "maps").stdout
         assert cli.json("status", code=None)["counts"]["paused"] == []
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_an_admission_reads_the_front_of_a_backlog_only(world, cli, analyzed):
+    world.pipeline("maps", [ONE], grouping="old")
+    with world.roles(Role.TRIGGER_MANAGER):
+        world.register(*packages(world, "old", 1))
+        wait_until(world.runs)
+    columns = (
+        "location_id, pipeline_id, step_id, generation, wanted, result, software_version_id, cpu, memory_gb, state,"
+        " chart_version"
+    )
+    with world.store.begin() as tx:
+        tx.run(
+            "INSERT INTO unit (pipeline_id, dims, key)"
+            " SELECT pipeline_id, dims, 'u' || generate_series(1, 20000) FROM unit"
+        )
+        tx.run(
+            "INSERT INTO coverage (step_id, unit_id, state, why) SELECT 1, id, 'active', 'run' FROM unit WHERE id > 1"
+        )
+        tx.run(
+            f"INSERT INTO run (unit_id, {columns})"
+            f" SELECT u.id, r.* FROM (SELECT {columns} FROM run) r, unit u WHERE u.id > 1"
+        )
+        if analyzed:
+            tx.run("ANALYZE")
+    asked: list[tuple[str, Any]] = []
+
+    def note(_conn: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "front AS" in statement:
+            asked.append((statement, parameters))
+
+    work = build(world.settings, Role.WORKFLOW_MANAGER).work
+    sa_event.listen(world.store.engine, "before_cursor_execute", note)
+    with world.store.begin() as tx:
+        assert len(work._candidates(tx, [])) == CANDIDATES
+        (statement, parameters), *_ = asked
+        plan = tx.conn.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters).scalar_one()
+    read = [node["Actual Rows"] * node["Actual Loops"] for node in nodes(plan[0]["Plan"]) if node.get("Alias") == "r"]
+    assert sum(read) <= CANDIDATES, "the whole backlog was read"
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All nodes of a query plan."""
+    yield plan
+    for part in plan.get("Plans", ()):
+        yield from nodes(part)
