@@ -719,9 +719,9 @@ EDITING = [
     ),
     _guard(
         "units of a step that is grouped otherwise are looked at once more",
-        _ROLES,
-        "AND c.why <> 'orphaned'",
-        "AND false",
+        "wfm/gaps.py",
+        "return [*(row.units or ()), *_orphans(tx, step)]",
+        "return [*(row.units or ())]",
         f"{_EDITING}::test_a_step_that_is_grouped_otherwise_orphans_its_units_and_takes_them_back",
     ),
     _guard(
