@@ -9,6 +9,7 @@ import pytest
 from tests.harness import wait_until
 from tests.integration.test_cli import Cli
 from wfm.model import Role
+from wfm.service import open_bus
 
 STEPS = [
     {"name": "one", "group_by": ["executed_obs_unit"]},
@@ -240,3 +241,27 @@ def test_wrong_usage(world, cli):
     assert "--restore and --deprecate" in said
     assert "--plan changes nothing" in said
     assert "--json does not ask" in cli("revoke", "package", "a", *WHY, "--json", code=2).stderr
+
+
+@pytest.mark.parametrize("what", ["product", "package", "config", "software"])
+def test_a_revocation_that_nobody_tells_of_is_found(world, cli, what):
+    """By the comparison with everything at the start of a trigger-manager."""
+    release(world, "1.1.0")
+    world.config("c", mark=1)
+    world.config("c", mark=2)
+    world.pipeline("p", [{**STEPS[0], "config": "c"}, STEPS[1]])
+    with world.roles():
+        observe(world)
+        first = covered(world, 5)
+    which = {"product": (product_of(world, first["one", "a"]),), "package": ("a",), "software": ("copy", "1.1.0")}
+    cli("revoke", what, *which.get(what, ("c",)), *WHY, "--yes")
+    world.query("DELETE FROM event WHERE done_at IS NULL RETURNING id")
+    bus = open_bus(world.settings)
+    bus.client.flushdb()
+    bus.client.close()
+    some = {("one", "a"), ("two", "x")}
+    expected = {"product": some, "package": some, "config": set(first), "software": set(first)}[what]
+    left = 5 - (what == "package")
+    with world.roles():
+        wait_until(lambda: first.items() - rests_on(world).items() == {(k, first[k]) for k in expected}, what="stale")
+        wait_until(lambda: len(rests_on(world)) == left, what="covered again")
