@@ -963,7 +963,7 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
         purged AS MATERIALIZED (SELECT DISTINCT t.run_id FROM task t JOIN run r ON r.id = t.run_id
             WHERE t.kind = 'purge' AND t.state <> 'closed' AND t.attempt = r.attempt AND r.step_id = :step)
         SELECT array_agg(z.unit_id ORDER BY z.unit_id) AS units FROM (
-            SELECT u.id AS unit_id, c.state, c.basis AS had_basis, c.gates AS had_gates, a.id AS active,
+            SELECT u.id AS unit_id, c.state, c.requested, c.basis AS had_basis, c.gates AS had_gates, a.id AS active,
                 f.id IS NOT NULL OR g.run_id IS NOT NULL AS gone, {_FINGERPRINTS}
             FROM unit u CROSS JOIN rules JOIN reduction_step s ON s.id = :step
             LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (:step, u.id)
@@ -976,7 +976,9 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
             WHERE u.pipeline_id = :pipeline AND u.dims = :dims AND (s.active OR c.step_id IS NOT NULL)) z
         WHERE z.state IS NULL OR z.had_basis IS DISTINCT FROM z.basis
             OR z.state NOT IN ('covered', 'empty') AND z.had_gates IS DISTINCT FROM z.gates
-            OR (z.state = 'active') <> (z.active IS NOT NULL) OR z.state = 'covered' AND z.gone
+            OR (z.state = 'active') <> (z.active IS NOT NULL)
+            -- What was asked for and is covered has been answered: else the next change would count as asked for.
+            OR z.state = 'covered' AND (z.gone OR z.requested)
         """,
         step=step.id,
         dims=step.dims,
