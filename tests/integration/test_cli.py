@@ -672,7 +672,8 @@ def test_watch_cancel_and_retry(processed: Cli) -> None:
 
     refused = processed("runs", "cancel", run["id"], code=1)
     assert f"run {run['id']}: refused" in refused.stderr
-    assert processed.json("resume", "slow") == {"pipeline": "slow", "step": None, "paused": False}
+    resumed = {"pipeline": "slow", "step": None, "unit": None, "paused": False, "was_paused": False}
+    assert processed.json("resume", "slow") == resumed
     assert processed.json("runs", "retry", run["id"])["moved"] == {str(run["id"]): "PENDING"}
     processed("runs", "cancel", run["id"], "--reason", "enough")
     processed("runs", "watch", run["id"], code=1)
