@@ -80,7 +80,7 @@ def own_members(fan_in: FanIn, members: int, count: int) -> tuple[int, int]:
 
     Where a step takes the upstream results that are there, only those do: it does not read data that none covers yet.
     """
-    return (members, count) if fan_in is FanIn.ALL else (0, 0)
+    return (members, count) if fan_in is not FanIn.ANY else (0, 0)
 
 
 def in_place_of_revoked(wanted: str, revoked: Collection[str]) -> str:
@@ -388,7 +388,7 @@ def upstream_complete(upstream: Sequence[Upstream]) -> bool:
 
 def _upstream_gap(f: GapFacts) -> GapDecision | None:
     """What the steps that it depends on keep a unit from; None if nothing."""
-    if f.fan_in is FanIn.ALL:
+    if f.fan_in is not FanIn.ANY:
         return _not_all(f.upstream)
     for u in f.upstream:
         if u.total and u.blocked == u.total:

@@ -176,7 +176,8 @@ class Step(Struct, frozen=True, kw_only=True):
     """A reduction step.
 
     Attributes:
-        fan_in: which units of the steps it depends on must be covered.
+        fan_in: which units of the steps it depends on must be covered; complete: all, and what is planned has arrived.
+        fan_in_deadline_hours: so long after the last planned end of a unit, nothing planned is waited for any more.
         cooldown_seconds: a unit runs no more often than that.
         settle_seconds: a unit runs when what it reads has not changed for so long; at most `settle_at_most_seconds`
             after it could have run (None: ten times as long).
@@ -194,6 +195,7 @@ class Step(Struct, frozen=True, kw_only=True):
     group_by: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()
     fan_in: FanIn = FanIn.ALL
+    fan_in_deadline_hours: NotNegative | None = None
     resources: Resources = Resources()
     environment: dict[str, str] = {}
     max_retries: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 3
@@ -412,7 +414,13 @@ def _check_step(step: Step, steps: Mapping[str, Step], note: _NoteAt) -> None:
                     ("depends_on", n),
                     f"step {step.name!r} {text}: a step must be as coarse as what it depends on{advice}",
                 )
-    if step.fan_in is not FanIn.ALL and not step.depends_on:
+    if (step.fan_in is FanIn.COMPLETE) != (step.fan_in_deadline_hours is not None):
+        text = "fan_in: complete, and fan_in_deadline_hours: how long after the last planned end it waits"
+        note(("fan_in",), f"step {step.name!r}: only together: {text}")
+    if step.fan_in is FanIn.COMPLETE and not grouping.validate_group_by(step.group_by):
+        for fault in plan.dimension_faults(step.group_by):
+            note(("fan_in",), f"fan_in: complete, but {fault}")
+    if step.fan_in is FanIn.ANY and not step.depends_on:
         note(("fan_in",), f"fan_in: {step.fan_in}, but step {step.name!r} depends on no other step")
     at_most = step.settle_at_most_seconds
     if at_most is not None and at_most < step.settle_seconds:

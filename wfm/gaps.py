@@ -23,7 +23,7 @@ from sqlalchemy import BigInteger, ColumnElement, FromClause, Numeric, and_, any
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from wfm import grouping, schema
+from wfm import grouping, plan, schema
 from wfm.decide import (
     DIGEST_MODULUS,
     AcceptedRun,
@@ -32,6 +32,7 @@ from wfm.decide import (
     EndedRun,
     GapDecision,
     GapFacts,
+    Plan,
     SoftwareVersion,
     Upstream,
     Wish,
@@ -45,6 +46,7 @@ from wfm.decide import (
     own_members,
     set_digest,
     wanted_digest,
+    without,
 )
 from wfm.model import (
     Actor,
@@ -468,7 +470,7 @@ def _write(
                     "unit_id": pair[1],
                     "state": d.state,
                     "why": d.why,
-                    "reason": f"run {made[pair]}" if pair in made else d.reason,
+                    "reason": f"run {made[pair]}{d.reason}" if pair in made else d.reason,
                     "wanted": facts[pair].facts.wanted,
                     "covered_by": d.covered_by,
                     "settled": d.run or d.state is CoverageState.COVERED,
@@ -585,12 +587,12 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             s.dims, s.group_by, u.dims AS unit_dims, u.key AS unit, u.members, u.digest, u.generation,
             cf.name AS config, cr.id AS config_id,
             cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
-            a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted,
+            a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted, a.missing AS active_missing,
             prev.id AS prev_id, prev.wanted AS prev_wanted, prev.generation AS prev_generation,
             prev.software_version_id AS prev_version_id, psw.name AS prev_software, pv.version AS prev_version,
             coalesce(pc.hash, '') AS prev_config_hash,
             pv.state = 'revoked' OR coalesce(pc.revoked_by, '') <> '' AS prev_revoked,
-            s.fan_in, CASE WHEN s.fan_in <> 'all' THEN
+            s.fan_in, CASE WHEN s.fan_in = 'any' THEN
                 (SELECT sum((x ->> 'read')::int) FROM jsonb_array_elements(prev.upstream) x) END AS accepted_results,
             c.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
             extract(epoch FROM now() - c.wanted_since)::float AS quiet_seconds,
@@ -607,8 +609,8 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
         LEFT JOIN backfill b ON b.id = c.backfill_id
         -- One by one, from its index: in the transaction of a flood nobody knows yet how many active runs there are.
-        LEFT JOIN LATERAL (SELECT id, state, wanted FROM run r WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id)
-            AND r.finished_at IS NULL LIMIT 1) a ON true
+        LEFT JOIN LATERAL (SELECT id, state, wanted, missing FROM run r
+            WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.finished_at IS NULL LIMIT 1) a ON true
         LEFT JOIN config cf ON cf.id = s.config_id
         LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision WHERE config_id = s.config_id
                 AND revoked_by = '' AND (s.config_revision_id IS NULL OR id = s.config_revision_id)
@@ -642,6 +644,7 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
             wanted = in_place_of_revoked(wanted, revoked[r.step_id, r.unit_id])
         known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
+    plans = _plans(tx, [(r.step_id, r.unit_id) for r in rows if r.fan_in == FanIn.COMPLETE])
     wishes = _wishes(tx, {r.step_id: (v.id, r.config_id) for r, v, _, _, wanted in known.values() if wanted and v})
 
     @cache
@@ -657,6 +660,7 @@ def _facts(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, _Situation]:
         pair: _situation(
             *k,
             ended.get(pair),
+            plans.get(pair),
             next_time(k[0]),
             revoked[pair],
             _held(tx, k[0], k[1], wishes, revoked[pair]),
@@ -782,13 +786,37 @@ def _sum_up(tx: Tx, units: Sequence[int]) -> None:
         )
 
 
+def _plans(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Plan]:
+    """What the observing plan says of units whose steps wait until their group is complete."""
+    if not pairs:
+        return {}
+    found: dict[Pair, Plan] = {}
+    for s in tx.all(
+        """
+        SELECT s.id, s.group_by, s.fan_in_deadline_hours AS hours, g.rules,
+            jsonb_object_agg(u.id::text, u."values") AS units
+        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
+        JOIN reduction_step s ON s.id = q.step_id JOIN unit u ON u.id = q.unit_id AND u.dims = s.dims
+        JOIN pipeline p ON p.id = s.pipeline_id JOIN data_grouping g ON g.id = p.grouping_id
+        WHERE p.frozen_at IS NULL GROUP BY s.id, g.rules
+        """,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
+    ):
+        units = {int(unit): values for unit, values in s.units.items()}
+        of = plan.expected(tx, s.rules, s.group_by, units, s.hours)
+        found |= {(s.id, unit): said for unit, said in of.items()}
+    return found
+
+
 def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
     """The latest ended run with the wanted digest; a completed one before all others, unless its files were purged."""
     rows = tx.all(
         """
         SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message,
             CASE r.state WHEN 'FAILED' THEN (SELECT count(*) FROM run f JOIN transition t ON t.run_id = f.id
-                WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND t.trigger = 'fail') ELSE 0 END AS failures
+                WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND t.trigger = 'fail') ELSE 0 END AS failures,
+            r.missing
         FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
         JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
         WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn AND NOT (r.state = 'COMPLETED' AND EXISTS (
@@ -801,7 +829,10 @@ def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
         wanted=list(wanted.values()),
         withdrawn=WITHDRAWN,
     )
-    return {(r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message, failures=r.failures) for r in rows}
+    return {
+        (r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message, tuple(r.missing), failures=r.failures)
+        for r in rows
+    }
 
 
 def _situation(
@@ -811,6 +842,7 @@ def _situation(
     upstream: tuple[Upstream, ...],
     wanted: str,
     ended: EndedRun | None,
+    planned: Plan | None,
     not_due: str,
     revoked: Collection[str],
     held: str,
@@ -834,7 +866,9 @@ def _situation(
         upstream=upstream,
         fan_in=FanIn(r.fan_in),
         accepted_results=r.accepted_results or 0,
-        active=ActiveRun(r.active_id, RunState(r.active_state), r.active_wanted) if r.active_id else None,
+        active=ActiveRun(r.active_id, RunState(r.active_state), r.active_wanted, tuple(r.active_missing))
+        if r.active_id
+        else None,
         ended=ended,
         step_active=r.step_active,
         orphaned="" if r.unit_dims == r.dims else ", ".join(r.group_by) or "nothing",
@@ -851,6 +885,7 @@ def _situation(
         settling_seconds=r.settling_seconds or 0.0,
         held=held,
         revoked=r.prev_revoked or r.prev_wanted in revoked,
+        plan=planned,
     )
     resources = msgspec.convert(r.resources, Resources)
     new_run = {
@@ -867,6 +902,7 @@ def _situation(
         "backfill_id": r.backfill_id,
         "cpu": resources.cpu,
         "memory_gb": resources.memory_gb,
+        "missing": planned.missing if planned else (),
     }
     accepted = r.prev_wanted and AcceptedRun(r.prev_wanted, r.prev_software, r.prev_version, r.prev_config_hash)
     own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
@@ -876,6 +912,7 @@ def _situation(
         why += f"; {r.requested_for}"
     if r.backfill_id:
         why += f"; backfill {r.backfill}"
+    why += without(planned.missing if planned else ())
     return _Situation(facts, r.basis, r.gates, why, new_run)
 
 

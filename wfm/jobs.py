@@ -67,6 +67,7 @@ class JobFacts(Struct, frozen=True):
         environment: the step's own variables.
         config_parameters: the step's config.
         base_directory: absolute path of the root of all attempt directories.
+        missing: scheduled observations that belong to the unit, and were not waited for any longer.
         python: absolute path of the interpreter that the words ``python`` and ``python3`` stand for.
         upstream: where it does not need all results of the steps it depends on, which ones it has.
     """
@@ -88,6 +89,7 @@ class JobFacts(Struct, frozen=True):
     base_directory: str
     python: str
     upstream: tuple[UpstreamRead, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 class InputFile(Struct, frozen=True):
@@ -328,6 +330,7 @@ def manifest(plan: StagePlan) -> dict[str, Any]:
         "software": {"name": facts.software, "version": facts.version},
         "config": {"parameters": facts.config_parameters},
         "resources": msgspec.to_builtins(facts.resources),
+        "missing_observations": list(facts.missing),
         "input_files": [
             {
                 "package": f.package,

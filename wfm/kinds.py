@@ -148,7 +148,7 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
         """
         SELECT r.id, r.location_id, r.attempt, p.name AS pipeline, s.name AS step, s.final, u.key, u."values",
             sw.name AS software, sv.version, sv.command, s.environment, s.resources, r.upstream,
-            coalesce(cr.parameters, '{}') AS parameters
+            coalesce(cr.parameters, '{}') AS parameters, r.missing
         FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
         JOIN unit u ON u.id = r.unit_id JOIN software_version sv ON sv.id = r.software_version_id
         JOIN software sw ON sw.id = sv.software_id LEFT JOIN config_revision cr ON cr.id = r.config_revision_id
@@ -172,6 +172,7 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
             environment=r.environment,
             resources=msgspec.convert(r.resources, Resources),
             config_parameters=r.parameters,
+            missing=tuple(r.missing),
             base_directory=base,
             python=sys.executable,
             upstream=msgspec.convert(r.upstream, tuple[UpstreamRead, ...]),
@@ -210,7 +211,7 @@ def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
                     (array_agg(l.key ORDER BY l.key) FILTER (WHERE ur.id IS NULL))[1:{MISSING_NAMED}] AS missing
                 FROM ({UNITS_INSIDE}) l LEFT JOIN (run_input i JOIN run ur ON ur.id = i.upstream_run_id)
                     ON i.run_id = r.id AND (ur.step_id, ur.unit_id) = (us.id, l.id)) n
-            WHERE r.id = ANY(:ids) AND s.fan_in <> 'all' GROUP BY r.id) z
+            WHERE r.id = ANY(:ids) AND s.fan_in = 'any' GROUP BY r.id) z
         WHERE run.id = z.id
         """,
         ids=list(run_ids),

@@ -165,6 +165,8 @@ class FanIn(StrEnum):
     """All that lie in it."""
     ANY = "any"
     """Those that are covered, and one of each step at least."""
+    COMPLETE = "complete"
+    """All that lie in it; and what the observing plan expects of it has arrived, is lost, or is past its deadline."""
 
 
 class ProductType(StrEnum):

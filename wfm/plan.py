@@ -9,10 +9,20 @@ module that the plan names (or any, where it names none) has a package of it tha
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, text
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
+from sqlalchemy import Column, ColumnElement, Connection, Text, any_, case, func, literal, or_, select, text
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.sql import visitors
+
+from wfm import grouping
+from wfm.decide import Plan
 from wfm.events import DataAbsent, DataBack
 from wfm.model import Actor, Why
+from wfm.schema import executed_obs_unit, instrument_module, obs_unit, scheduled_observation
 from wfm.store import Tx
 
 CARRIED_OUT_BY = """
@@ -48,6 +58,120 @@ def look_again(conn: Connection) -> None:
         ),
         {"why": Why.INCOMPLETE},
     )
+
+
+# --- what a unit may expect ---
+
+# What stands for the columns of an observation while it is only planned.
+_AS_PLANNED: dict[Any, Column[Any]] = {
+    executed_obs_unit.c.started_at: scheduled_observation.c.planned_start,
+    executed_obs_unit.c.ended_at: scheduled_observation.c.planned_end,
+}
+_BY_UNIT, _BY_MODULE = grouping.search(obs_unit), grouping.search(instrument_module)
+
+
+def _planned(expression: ColumnElement[Any]) -> tuple[ColumnElement[Any], bool] | None:
+    """An expression over packages as one over what is planned, and whether it is about modules alone.
+
+    None if it looks at what only data have.
+    """
+    columns: list[Any] = [x for x in visitors.iterate(expression) if isinstance(x, Column)]
+    tables = {c.table.name for c in columns if c not in _AS_PLANNED}
+    if not tables <= {*_BY_UNIT, *_BY_MODULE}:
+        return None
+    about_modules = bool(tables) and all(c.table.name in _BY_MODULE for c in columns)
+    return visitors.replacement_traverse(expression, {}, _as_planned), about_modules
+
+
+def _as_planned(element: Any, **_: Any) -> Any:
+    return _AS_PLANNED.get(element) if isinstance(element, Column) else None
+
+
+def dimension_faults(dims: Sequence[str]) -> list[str]:
+    """Dimensions of which the plan says nothing; they are checked with `grouping.validate_group_by`."""
+    known = {d: _planned(found.value) for d in dims if isinstance(found := grouping.dimension(d), grouping.Dimension)}
+    return [f"the observing plan says nothing of {d}" for d, expression in known.items() if expression is None]
+
+
+def expected(
+    tx: Tx, rules: Sequence[Any], dims: Sequence[str], units: Mapping[int, Mapping[str, Any]], hours: float
+) -> dict[int, Plan]:
+    """What the plan says of some units of the same dimensions.
+
+    A scheduled observation falls into a unit if its values are the unit's, and if no rule excludes it; rules that look
+    at what only data have exclude nothing. What a plan without modules says of modules is: any.
+
+    Args:
+        rules: of the data grouping. dims: checked with `dimension_faults`.
+        units: by id, the values. hours: after the last planned end, until nothing is waited for any more.
+    """
+    module = func.jsonb_array_elements_text(scheduled_observation.c.modules).table_valued("value").alias("w")
+    any_module = module.c.value.is_(None)
+    joins: Any = scheduled_observation.join(obs_unit, scheduled_observation.c.obs_unit_id == obs_unit.c.id)
+    for name, way in _BY_UNIT.items():
+        if way:
+            joins = joins.outerjoin(grouping.TABLES[name], way[-1] == grouping.TABLES[name].c.id)
+    joins = joins.outerjoin(module, literal(True)).outerjoin(
+        instrument_module, instrument_module.c.name == module.c.value
+    )
+    for name, way in _BY_MODULE.items():
+        if way:
+            joins = joins.outerjoin(grouping.TABLES[name], way[-1] == grouping.TABLES[name].c.id)
+
+    where = []
+    for rule in grouping.rules_from(rules):
+        found = _planned(grouping.condition(rule))
+        if found is not None:
+            where.append(or_(any_module, found[0]) if found[1] else found[0])
+    columns = {}
+    by_module = set()
+    for d in sorted(dims):
+        dimension = grouping.dimension(d)
+        assert isinstance(dimension, grouping.Dimension)
+        found = _planned(dimension.value)
+        assert found is not None
+        columns[d] = found[0]
+        if found[1]:
+            by_module.add(d)
+    for d, column in columns.items():
+        given = sorted({v[d] for v in units.values() if v[d] is not None})
+        in_units = column == any_(literal(given, ARRAY(Text)))
+        if any(v[d] is None for v in units.values()):
+            in_units = or_(column.is_(None), in_units)
+        where.append(or_(any_module, in_units) if d in by_module else in_units)
+    o = scheduled_observation.c
+    rows = tx.conn.execute(
+        select(o.id, o.name, o.planned_end, case((any_module, ""), else_=module.c.value).label("module"))
+        .add_columns(*(c.label(f"d{n}") for n, c in enumerate(columns.values())))
+        .select_from(joins)
+        .where(o.state == "planned", *where)
+    ).all()
+    missing, now = _missing(tx, sorted({r.id for r in rows}))
+    plans = {}
+    for unit, values in units.items():
+        mine: dict[str, list[Any]] = defaultdict(list)
+        for r in rows:
+            if all(r[4 + n] == values[d] or (d in by_module and r.module == "") for n, d in enumerate(columns)):
+                mine[r.name].append(r)
+        late = sorted(name for name, some in mine.items() if any(r.module in missing.get(r.id, ()) for r in some))
+        if mine:
+            deadline = max(r.planned_end for some in mine.values() for r in some) + timedelta(hours=hours)
+            shown = f"{deadline.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+            plans[unit] = Plan(len(mine), tuple(late), (deadline - now).total_seconds(), shown)
+    return plans
+
+
+def _missing(tx: Tx, ids: Sequence[int]) -> tuple[dict[int, list[str]], datetime]:
+    """By scheduled observation, the modules of which nothing has come; and the time."""
+    rows = tx.all(
+        f"""
+        SELECT o.id, z.missing FROM scheduled_observation o CROSS JOIN LATERAL ({MISSING}) z
+        WHERE o.id = ANY(:ids) AND o.arrived_at IS NULL
+        """,
+        ids=list(ids),
+    )
+    (clock,) = tx.all("SELECT now() AS now")
+    return {r.id: r.missing for r in rows}, clock.now
 
 
 # --- absence ---

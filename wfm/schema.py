@@ -392,6 +392,7 @@ reduction_step = Table(
     _text("version"),
     _ref("config_id", "config", null=True),
     _text("fan_in", FanIn.ALL),
+    Column("fan_in_deadline_hours", Double),  # after the last planned end of a unit; with fan_in complete
     _ref("config_revision_id", "config_revision", null=True),  # of a campaign; else the newest counts
     _json("resources"),
     _json("environment"),
@@ -411,6 +412,7 @@ reduction_step = Table(
     UniqueConstraint("pipeline_id", "name"),
     _one_of("version_policy", VersionPolicy),
     _one_of("fan_in", FanIn),
+    CheckConstraint("(fan_in = 'complete') = (fan_in_deadline_hours IS NOT NULL)", name="fan_in_deadline_hours"),
     _one_of("on_stale", OnStale),
     CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
     CheckConstraint("max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"),
@@ -695,6 +697,7 @@ run = Table(
     _ref("unit_id", "unit"),
     Column("generation", BigInteger, nullable=False),  # of the unit's member set: pins the raw inputs
     _text("wanted", None),
+    _json("missing", "[]"),  # scheduled observations that it did not wait for
     _digest("result"),  # this run's term in the digest of units that depend on it
     _json("upstream", "[]"),  # wfm.model.UpstreamRead each; of fan-in other than all, once it is built
     _ref("software_version_id", "software_version"),

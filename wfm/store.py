@@ -398,7 +398,8 @@ class Tx:
 
         Args:
             rows: step_id, unit_id, pipeline_id, location_id, generation, wanted, result, software_version_id,
-                config_revision_id, priority, cpu, memory_gb; backfill_id where it is of one.
+                config_revision_id, priority, cpu, memory_gb; backfill_id where it is of one;
+                missing: scheduled observations that it does not wait for.
 
         Returns:
             by (step, unit), the ids of the runs made.
@@ -408,10 +409,10 @@ class Tx:
         made = self.all(
             """
             INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
-                software_version_id, config_revision_id, priority, backfill_id, cpu, memory_gb, state, chart_version,
-                look_again_at, failures)
+                software_version_id, config_revision_id, priority, backfill_id, cpu, memory_gb, missing, state,
+                chart_version, look_again_at, failures)
             SELECT location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
-                config_revision_id, priority, backfill_id, cpu, memory_gb, :initial, :chart,
+                config_revision_id, priority, backfill_id, cpu, memory_gb, coalesce(missing, '[]'), :initial, :chart,
                 now() + :look * interval '1 s',
                 coalesce((SELECT CASE o.failure WHEN :withdrawn THEN o.failures END FROM run o
                     WHERE (o.step_id, o.unit_id, o.wanted) = (g.step_id, g.unit_id, g.wanted)
@@ -419,7 +420,7 @@ class Tx:
             FROM (SELECT g.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
                 step_id bigint, unit_id bigint, generation bigint, wanted text, result numeric,
                 software_version_id bigint, config_revision_id bigint, priority int, backfill_id bigint, cpu float8,
-                memory_gb float8)
+                memory_gb float8, missing jsonb)
                 JOIN pipeline p ON p.id = g.pipeline_id AND p.deleted_at IS NULL FOR SHARE OF p) g
             ON CONFLICT DO NOTHING RETURNING id, step_id, unit_id
             """,

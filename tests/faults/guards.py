@@ -687,7 +687,7 @@ TRIGGERS = [
     _guard(
         "data that no result covers is none of a map's input",
         "wfm/decide.py",
-        "if fan_in is FanIn.ALL else (0, 0)",
+        "if fan_in is not FanIn.ANY else (0, 0)",
         "",
         f"{_TRIGGERS}::test_a_map_of_any_scans_says_which_are_missing_and_is_made_again_when_they_come",
     ),

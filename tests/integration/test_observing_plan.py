@@ -162,3 +162,97 @@ def test_what_is_lost_is_no_absence(world, cli):
     cli("data", "lost", "o", "--reason", "clouds")
     notice(world)
     assert told(cli, "data.absent", "data.back") == [("data.absent", "o"), ("data.back", "o")]
+
+
+# --- fan-in: complete ---
+
+MAP = {"name": "map", "group_by": ["source", "line"], "fan_in": "complete", "fan_in_deadline_hours": 24}
+
+
+def coverage(cli, target="p/map"):
+    return {w["unit"].rsplit("-", 1)[0]: (w["state"], w["why"], w["reason"]) for w in cli.json("why", target)}
+
+
+def test_a_unit_waits_for_what_is_planned_until_it_came_or_is_lost(world, cli):
+    scan = {"name": "scan", "group_by": ["executed_obs_unit"]}
+    world.pipeline("p", [scan, {**MAP, "group_by": ["source"], "depends_on": ["scan"]}])
+    for name, hours in (("one", 5), ("two", 4), ("three", 3)):
+        planned(cli, name, NOW - hours * HOUR, NOW - (hours - 1) * HOUR)
+    cli("apply", "-f", "-", stdin="kind: obs_unit\nname: elsewhere\n")
+    planned(cli, "other-source", NOW - 5 * HOUR, NOW - 4 * HOUR, obs_unit="elsewhere")
+    with world.roles():
+        world.register(observed(world, "a", NOW - 4.5 * HOUR))
+        wait_until(
+            lambda: coverage(cli).get("ngc253", ("",))[0] == "waiting" and coverage(cli, "p/scan")["a"][0] == "covered"
+        )
+        wait_until(lambda: coverage(cli)["ngc253"][1] == "group_not_complete")
+        reason = coverage(cli)["ngc253"][2]
+        deadline = f"{NOW - 2 * HOUR + timedelta(hours=24):%Y-%m-%d %H:%M} UTC"
+        assert reason == (
+            "2 of 3 scheduled observations have not arrived: three, two; runs without them from " + deadline + " on"
+        )
+        assert "wfm data lost" in cli("why", "p/map").stdout
+        world.register(observed(world, "b", NOW - 3.5 * HOUR))
+        wait_until(lambda: coverage(cli)["ngc253"][2].startswith("1 of 3"))
+        assert world.states()["map", "COMPLETED"] == 0
+        cli("data", "lost", "three", "--reason", "clouds")
+        wait_until(lambda: coverage(cli)["ngc253"][0] == "covered")
+        world.rest()
+    assert world.states()["map", "COMPLETED"] == 1
+    assert "without" not in coverage(cli)["ngc253"][2]
+
+
+def test_after_the_deadline_it_runs_with_what_is_there_and_says_what_is_missing(world, cli):
+    world.pipeline("p", [MAP])
+    planned(cli, "one", NOW - 5 * HOUR, NOW - 4 * HOUR)
+    planned(cli, "two", NOW - 4 * HOUR, NOW - 3 * HOUR)
+    with world.roles():
+        world.register(observed(world, "a", NOW - 4.5 * HOUR))
+        wait_until(lambda: coverage(cli).get("ngc253", ("", ""))[1] == "group_not_complete")
+        (due,) = world.query("SELECT due_at > now() + interval '200 s' AS later FROM coverage")
+        assert due.later
+        world.pipeline("p", [{**MAP, "fan_in_deadline_hours": 2}])
+        wait_until(lambda: coverage(cli)["ngc253"][0] == "covered")
+        world.rest()
+        (run,) = world.runs()
+        assert coverage(cli)["ngc253"][2] == f"run {run.id}, without two"
+        assert "without two" in cli("runs", "show", run.id).stdout
+        manifest = json.loads((world.directory / run.job["directory"] / "config" / "manifest.json").read_text())
+        assert manifest["missing_observations"] == ["two"]
+        # It comes after all: newer input, as ever.
+        world.register(observed(world, "b", NOW - 3.5 * HOUR))
+        wait_until(lambda: world.states()["map", "COMPLETED"] == 2)
+        wait_until(lambda: coverage(cli)["ngc253"][0] == "covered")
+    assert "without" not in coverage(cli)["ngc253"][2]
+
+
+def test_a_planned_observation_falls_into_units_by_its_values_and_the_rules(world, cli):
+    rules = [
+        {"table": "obs_unit", "column": "line", "operator": "neq", "value": "CI"},
+        {"table": "raw_data_package", "column": "size", "operator": "gt", "value": 0},
+    ]
+    world.apply(json.dumps({"kind": "grouping", "name": "not-ci", "rules": rules}))
+    step = {**MAP, "group_by": ["source", "instrument_module"]}
+    world.pipeline("p", [step], grouping="not-ci")
+    cli("apply", "-f", "-", stdin="kind: obs_unit\nname: ci\nsource: NGC253\nline: CI\n")
+    planned(cli, "one", NOW - 2 * HOUR, NOW - HOUR, modules=["mod1"])
+    planned(cli, "second-module", NOW - 3 * HOUR, NOW - 2 * HOUR, modules=["mod2"])
+    planned(cli, "any-module", NOW - 4 * HOUR, NOW - 3 * HOUR)
+    planned(cli, "other-line", NOW - 4 * HOUR, NOW - 3 * HOUR, obs_unit="ci")
+    world.register(observed(world, "a", NOW - 1.5 * HOUR))
+    world.act(lambda tx: TriggerManager(world.settings).handle(tx, []))
+    ((_, _, reason),) = coverage(cli).values()
+    assert reason.startswith("1 of 2 scheduled observations have not arrived: any-module;")
+
+
+def test_what_complete_needs(world, cli):
+    steps = [
+        {**MAP, "name": "a", "fan_in_deadline_hours": None},
+        {**MAP, "name": "b", "fan_in": "all"},
+        {**MAP, "name": "c", "group_by": ["raw_data_package"]},
+    ]
+    document = {"kind": "pipeline", "name": "p", "grouping": "everything"}
+    document["steps"] = [{"software": "copy", "version": "1.0.0", **s} for s in steps]
+    said = cli("apply", "-f", "-", stdin=json.dumps(document), code=2).stderr
+    assert said.count("only together") == 2
+    assert "the observing plan says nothing of raw_data_package" in said

@@ -168,6 +168,7 @@ def test_the_manifest_tells_everything() -> None:
         "software": {"name": "reducer", "version": "1.2.0"},
         "config": {"parameters": {"threshold": 3.5, "beam": {"fwhm": 12}}},
         "resources": {"cpu": 2, "memory_gb": 4, "time_hours": None, "gpu": 0},
+        "missing_observations": [],
         "input_files": [
             {
                 "package": "scan1",

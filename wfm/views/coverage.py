@@ -377,7 +377,7 @@ def _change(s: _Situation) -> str:
         if s.failed and s.failed.exit_code is not None
         else "",
         needed="all upstream units must be covered"
-        if s.fan_in is FanIn.ALL
+        if s.fan_in is not FanIn.ANY
         else "some of each upstream step must be covered, and as many as before",
         open=s.upstream_open,
         total=s.upstream_total,
