@@ -517,7 +517,7 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
 
 # --- the certificate of a night ---
 
-NOT_ASKED_FOR = frozenset({Why.MANUAL})
+NOT_ASKED_FOR = frozenset({Why.MANUAL, Why.NOT_DUE})
 """Reasons that the definitions themselves give: nothing is late, and nobody has to act."""
 
 

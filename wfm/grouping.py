@@ -42,6 +42,7 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import _truncated_label  # a name that is cut where it is longer than Postgres allows
 
 from wfm.errors import nearest
@@ -394,6 +395,16 @@ def _night() -> ColumnElement[str]:
     zone = func.coalesce(site.c.time_zone, "UTC")
     clocks = func.timezone(zone, executed_obs_unit.c.started_at, type_=DateTime())
     return func.to_char(clocks - timedelta(hours=12), "YYYY-MM-DD", type_=Text())
+
+
+def at_time(value: ColumnElement[Any], began: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A dimension's value where an observation began at that time."""
+
+    def replaced(element: Any, **_: Any) -> Any:
+        return began if element is executed_obs_unit.c.started_at else None
+
+    result: ColumnElement[Any] = visitors.replacement_traverse(value, {}, replaced)
+    return result
 
 
 DIMENSIONS: dict[str, Dimension] = {

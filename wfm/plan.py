@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Text, any_, case, func, literal, or_, select, text
@@ -93,6 +93,33 @@ def dimension_faults(dims: Sequence[str]) -> list[str]:
     return [f"the observing plan says nothing of {d}" for d, expression in known.items() if expression is None]
 
 
+_MODULE = func.jsonb_array_elements_text(scheduled_observation.c.modules).table_valued("value").alias("w")
+_ANY_MODULE = _MODULE.c.value.is_(None)
+
+
+def _joined() -> Any:
+    """What is planned, once for each module, joined with all that the plan knows of it."""
+    joins: Any = scheduled_observation.join(obs_unit, scheduled_observation.c.obs_unit_id == obs_unit.c.id)
+    for name, way in _BY_UNIT.items():
+        if way:
+            joins = joins.outerjoin(grouping.TABLES[name], way[-1] == grouping.TABLES[name].c.id)
+    joins = joins.outerjoin(_MODULE, literal(True))
+    joins = joins.outerjoin(instrument_module, instrument_module.c.name == _MODULE.c.value)
+    for name, way in _BY_MODULE.items():
+        if way:
+            joins = joins.outerjoin(grouping.TABLES[name], way[-1] == grouping.TABLES[name].c.id)
+    return joins
+
+
+def of_night(conn: Connection, night: date) -> list[int]:
+    """The scheduled observations that are planned to begin in a night, by the clocks of its modules' site."""
+    start = scheduled_observation.c.planned_start
+    around = timedelta(days=3)
+    tells = grouping.at_time(grouping.DIMENSIONS["night"].value, start) == night.isoformat()
+    where = (tells, start >= night - around, start < night + around)
+    return list(conn.scalars(select(scheduled_observation.c.id).select_from(_joined()).where(*where).distinct()))
+
+
 def expected(
     tx: Tx, rules: Sequence[Any], dims: Sequence[str], units: Mapping[int, Mapping[str, Any]], hours: float
 ) -> dict[int, Plan]:
@@ -105,24 +132,11 @@ def expected(
         rules: of the data grouping. dims: checked with `dimension_faults`.
         units: by id, the values. hours: after the last planned end, until nothing is waited for any more.
     """
-    module = func.jsonb_array_elements_text(scheduled_observation.c.modules).table_valued("value").alias("w")
-    any_module = module.c.value.is_(None)
-    joins: Any = scheduled_observation.join(obs_unit, scheduled_observation.c.obs_unit_id == obs_unit.c.id)
-    for name, way in _BY_UNIT.items():
-        if way:
-            joins = joins.outerjoin(grouping.TABLES[name], way[-1] == grouping.TABLES[name].c.id)
-    joins = joins.outerjoin(module, literal(True)).outerjoin(
-        instrument_module, instrument_module.c.name == module.c.value
-    )
-    for name, way in _BY_MODULE.items():
-        if way:
-            joins = joins.outerjoin(grouping.TABLES[name], way[-1] == grouping.TABLES[name].c.id)
-
     where = []
     for rule in grouping.rules_from(rules):
         found = _planned(grouping.condition(rule))
         if found is not None:
-            where.append(or_(any_module, found[0]) if found[1] else found[0])
+            where.append(or_(_ANY_MODULE, found[0]) if found[1] else found[0])
     columns = {}
     by_module = set()
     for d in sorted(dims):
@@ -138,12 +152,12 @@ def expected(
         in_units = column == any_(literal(given, ARRAY(Text)))
         if any(v[d] is None for v in units.values()):
             in_units = or_(column.is_(None), in_units)
-        where.append(or_(any_module, in_units) if d in by_module else in_units)
+        where.append(or_(_ANY_MODULE, in_units) if d in by_module else in_units)
     o = scheduled_observation.c
     rows = tx.conn.execute(
-        select(o.id, o.name, o.planned_end, case((any_module, ""), else_=module.c.value).label("module"))
+        select(o.id, o.name, o.planned_end, case((_ANY_MODULE, ""), else_=_MODULE.c.value).label("module"))
         .add_columns(*(c.label(f"d{n}") for n, c in enumerate(columns.values())))
-        .select_from(joins)
+        .select_from(_joined())
         .where(o.state == "planned", *where)
     ).all()
     missing, now = _missing(tx, sorted({r.id for r in rows}))

@@ -78,6 +78,27 @@ def test_a_package_without_a_time_belongs_to_the_night_of_its_registration(world
     assert "is not a night" in cli("coverage", "report", "1st of May", code=2).stderr
 
 
+def test_a_night_follows_the_clocks_of_the_site(world, cli):
+    world.apply("kind: site\nname: chile\ntime_zone: America/Santiago\n---\nkind: instrument\nname: cam\nsite: chile")
+    world.pipeline("p", ONE)
+    noon = EVENING.replace(hour=15)  # 12:00 there
+    second = timedelta(seconds=1)
+    world.register(
+        observed(world, "first", noon),
+        observed(world, "last", noon + timedelta(days=1) - second),
+        observed(world, "before", noon - second),
+        observed(world, "after", noon + timedelta(days=1)),
+    )
+    for name, start in (("late", "2026-03-02T14:59:59Z"), ("next", "2026-03-02T15:00:00Z")):
+        world.apply(
+            f"kind: scheduled_observation\nname: {name}\nobs_unit: unit\nmodules: [mod1]\n"
+            f"planned_start: {start}\nplanned_end: 2026-03-09T00:00:00Z"
+        )
+    found = report(cli, 1)
+    assert standings(found) == {"first": "open", "last": "open"}
+    assert [o["name"] for o in found["planned"]] == []
+
+
 def test_what_failed_is_open_until_somebody_waives_it(world, cli):
     world.config("some", exit_for=[])
     world.pipeline("p", [{**ONE[0], "config": "some"}, TWO[1]])

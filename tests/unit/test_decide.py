@@ -252,6 +252,7 @@ def test_a_cooldown_says_when_to_look_again():
         (True, False, [], False, Standing.COVERED),
         (True, False, [], True, Standing.WAIVED),
         (True, False, [Why.MANUAL], True, Standing.EXPLAINED),
+        (True, False, [Why.NOT_DUE], False, Standing.EXPLAINED),
         (False, False, [], False, Standing.EXPLAINED),
         (True, False, [Why.MANUAL, Why.FAILED], True, Standing.OPEN),
         (True, True, [], True, Standing.OPEN),

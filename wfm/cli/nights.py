@@ -44,7 +44,7 @@ def report(night: date | None, pipeline: str | None, as_json: bool) -> None:
     """Certify a night: every raw data package covered, waived or explained.
 
     Ends with 1 if something must still be done, or decided. NIGHT is the date of its evening: it lasts from noon to
-    noon. By default it is the last one that is over.
+    noon by the clocks of the instrument's site. By default it is the last one that is over.
 
     \b
     Example:  wfm coverage report 2026-03-01
@@ -72,7 +72,7 @@ def _show(c: Certificate) -> None:
     verdict = f"{left} of {output.plural(total, 'package')} still open" if left else f"{total} packages, nothing open"
     if c.planned:
         verdict += f"; {output.plural(len(c.planned), 'planned observation')} missing"
-    click.echo(f"night {c.night}, from {output.when(c.start)} to {output.when(c.end)}: {verdict}\n")
+    click.echo(f"night {c.night}: {verdict}\n")
     output.table(("PACKAGES", "NUMBER"), list(c.counts.items()), empty="")
     columns = ("STEP", "UNIT", "PACKAGES", "FOR EXAMPLE", "STATE", "REASON", "WHAT WOULD CHANGE IT")
     for title, units in (("open", c.open), ("explained: not asked for by the definitions", c.explained)):

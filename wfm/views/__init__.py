@@ -24,7 +24,6 @@ from wfm.views.certificate import (
     WaiverLine,
     certificate,
     last_night,
-    night_bounds,
     waivers,
 )
 from wfm.views.cost import Estimate, StepCost, estimate, step_costs
@@ -156,7 +155,6 @@ __all__ = [
     "lineage",
     "log_end",
     "mermaid",
-    "night_bounds",
     "packages",
     "pipelines",
     "planned",

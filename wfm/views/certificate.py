@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import date, datetime, timedelta
 
 import msgspec
 from msgspec import Struct, structs
@@ -13,6 +13,7 @@ from sqlalchemy import Connection, literal, select, union_all
 from wfm import grouping
 from wfm.decide import NOT_ASKED_FOR, standing
 from wfm.model import Standing, Why
+from wfm.schema import executed_obs_unit, raw_data_package
 from wfm.views.coverage import WhyLine, _why
 from wfm.views.planned import PlanLine, planned
 from wfm.views.sql import _OF_PIPELINE, _PIPELINES_HERE, _all, _require, _require_location, _rows
@@ -65,7 +66,6 @@ class Certificate(Struct, frozen=True, kw_only=True):
     """Where the raw data packages of one observing night stand at one location.
 
     Attributes:
-        start, end: noon before and noon after.
         counts: packages by standing (each is there).
         open: what is missing. explained: what is not asked for. Both by unit, those with most packages first.
         unsorted: packages that no unit has yet, though they are selected. unselected: those of no enabled pipeline.
@@ -74,8 +74,6 @@ class Certificate(Struct, frozen=True, kw_only=True):
     """
 
     night: date
-    start: datetime
-    end: datetime
     counts: dict[Standing, int]
     open: list[OpenUnit]
     explained: list[OpenUnit]
@@ -91,30 +89,36 @@ class Certificate(Struct, frozen=True, kw_only=True):
         return not self.counts[Standing.OPEN] and not self.planned
 
 
-def night_bounds(night: date) -> tuple[datetime, datetime]:
-    """Noon of the day on which a night begins, and noon after."""
-    noon = datetime.combine(night, time(12), UTC)
-    return noon, noon + timedelta(days=1)
-
-
 def last_night(conn: Connection) -> date:
-    """The last observing night that is over."""
-    (now,) = _all(conn, "SELECT now() AS now")
-    today: date = now["now"].date()
-    return today - timedelta(days=1 if now["now"] >= night_bounds(today)[0] else 2)
+    """The last observing night that is over, by the clocks of UTC."""
+    (now,) = _all(conn, "SELECT (now() - interval '12 h')::date AS tonight")
+    tonight: date = now["tonight"]
+    return tonight - timedelta(days=1)
 
 
 _ASKED = f"p.frozen_at IS NULL AND {_OF_PIPELINE}"
 """Campaigns are no part of a night: what they hold was chosen, and says how far it is by itself."""
 
-_PACKAGES_OF_NIGHT = """
-SELECT k.id, k.name FROM raw_data_package k JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id
-WHERE e.started_at >= :start AND e.started_at < :end
-UNION ALL
-SELECT k.id, k.name FROM raw_data_package k JOIN executed_obs_unit e ON e.id = k.executed_obs_unit_id
-WHERE e.started_at IS NULL AND k.registered_at >= :start AND k.registered_at < :end
-"""
-"""A package whose observation does not say when it began belongs to the night in which it was registered."""
+
+def _of_night(conn: Connection, night: date) -> list[int]:
+    """The packages of a night, as the dimension of that name tells it.
+
+    Those whose observation does not say when it began belong to the night in which they were registered.
+    """
+    began, registered = executed_obs_unit.c.started_at, raw_data_package.c.registered_at
+    found = []
+    for time, extra in ((began, ()), (registered, (began.is_(None),))):
+        tells = grouping.at_time(grouping.DIMENSIONS["night"].value, time) == night.isoformat()
+        found.append(
+            select(raw_data_package.c.id)
+            .select_from(grouping.joined([], ["night"]))
+            .where(tells, time >= night - _AROUND, time < night + _AROUND, *extra)
+        )
+    return list(conn.execute(union_all(*found)).scalars())
+
+
+_AROUND = timedelta(days=3)
+"""A night lies within that of its date, whatever the clocks; for the index."""
 
 
 class _Package(Struct, frozen=True):
@@ -148,8 +152,7 @@ def certificate(conn: Connection, night: date, *, location_id: int, pipeline: st
     """
     _require_location(conn, location_id)
     _require(conn, "pipeline", pipeline, _PIPELINES_HERE, loc=location_id)
-    start, end = night_bounds(night)
-    asked = {"loc": location_id, "pipeline": pipeline, "start": start, "end": end}
+    asked = {"loc": location_id, "pipeline": pipeline, "packages": _of_night(conn, night)}
     packages, pairs = _look(conn, asked)
     missing = _not_sorted(conn, packages, asked)
     where = {
@@ -164,15 +167,13 @@ def certificate(conn: Connection, night: date, *, location_id: int, pipeline: st
     units = _open_units(conn, packages, pairs, location_id)
     return Certificate(
         night=night,
-        start=start,
-        end=end,
         counts=dict.fromkeys(Standing, 0) | Counter(where.values()),
         open=[u for u in units if u.why not in NOT_ASKED_FOR],
         explained=[u for u in units if u.why in NOT_ASKED_FOR],
         unsorted=[p.name for p in packages if p.pending or p.id in missing],
         unselected=[p.name for p in packages if not p.pipelines and not p.pending and p.id not in missing],
-        planned=[o for o in planned(conn, start=start, end=end) if o.state in ("planned", "late")],
-        waivers=_of_night(conn, asked),
+        planned=[o for o in planned(conn, night=night) if o.state in ("planned", "late")],
+        waivers=_about(conn, asked),
         packages=[CertifiedPackage(p.name, where[p.id]) for p in packages],
     )
 
@@ -182,7 +183,7 @@ def _look(conn: Connection, asked: Mapping[str, object]) -> tuple[list[_Package]
     (row,) = _all(
         conn,
         f"""
-        WITH night AS MATERIALIZED ({_PACKAGES_OF_NIGHT}),
+        WITH night AS MATERIALIZED (SELECT id, name FROM raw_data_package WHERE id = ANY(:packages)),
         member AS MATERIALIZED (SELECT m.package_id, m.unit_id FROM night n
             JOIN unit_member m ON m.package_id = n.id AND m.removed IS NULL),
         pair AS MATERIALIZED (
@@ -276,15 +277,14 @@ def waivers(conn: Connection, *, in_force: bool = False, limit: int = 1000) -> l
     return _rows(conn, WaiverLine, f"{_WAIVERS} {which} ORDER BY w.id DESC LIMIT :limit", limit=limit)
 
 
-def _of_night(conn: Connection, asked: Mapping[str, object]) -> list[WaiverLine]:
+def _about(conn: Connection, asked: Mapping[str, object]) -> list[WaiverLine]:
     return _rows(
         conn,
         WaiverLine,
         f"""
-        WITH night AS MATERIALIZED ({_PACKAGES_OF_NIGHT})
-        {_WAIVERS} WHERE {IN_FORCE} AND (w.package_id IN (SELECT id FROM night)
-            OR p.location_id = :loc AND {_OF_PIPELINE} AND EXISTS (SELECT 1 FROM night n JOIN unit_member m
-                ON m.package_id = n.id AND m.removed IS NULL WHERE m.unit_id = w.unit_id))
+        {_WAIVERS} WHERE {IN_FORCE} AND (w.package_id = ANY(:packages)
+            OR p.location_id = :loc AND {_OF_PIPELINE} AND EXISTS (SELECT 1 FROM unit_member m
+                WHERE m.unit_id = w.unit_id AND m.package_id = ANY(:packages) AND m.removed IS NULL))
         ORDER BY w.id
         """,
         **asked,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Literal
 
 from msgspec import Struct
 from sqlalchemy import Connection
 
-from wfm.plan import CARRIED_OUT_BY, MISSING
+from wfm.plan import CARRIED_OUT_BY, MISSING, of_night
 from wfm.views.sql import _asked, _require_location, _rows
 
 
@@ -34,9 +34,14 @@ class PlanLine(Struct, frozen=True, kw_only=True):
 
 
 def planned(
-    conn: Connection, *, start: datetime | None = None, end: datetime | None = None, limit: int = 1000
+    conn: Connection,
+    *,
+    start: datetime | None = None,
+    end: datetime | None = None,
+    night: date | None = None,
+    limit: int = 1000,
 ) -> list[PlanLine]:
-    """The scheduled observations that begin in some time, in the order of their beginning."""
+    """The scheduled observations that begin in some time, or in a night, in the order of their beginning."""
     return _rows(
         conn,
         PlanLine,
@@ -50,10 +55,12 @@ def planned(
         FROM scheduled_observation o JOIN obs_unit u ON u.id = o.obs_unit_id CROSS JOIN LATERAL ({MISSING}) z
         WHERE {_asked("o.planned_start", "start", "timestamptz", ">=")}
             AND {_asked("o.planned_start", "end", "timestamptz", "<")}
+            AND (CAST(:ids AS bigint[]) IS NULL OR o.id = ANY(:ids))
         ORDER BY o.planned_start, o.name LIMIT :limit
         """,
         start=start,
         end=end,
+        ids=None if night is None else of_night(conn, night),
         limit=limit,
     )
 
