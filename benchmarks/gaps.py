@@ -38,6 +38,7 @@ from wfm.config import load
 from wfm.decide import DIGEST_MODULUS, item_hash, set_digest, wanted_digest
 from wfm.embedded import Embedded
 from wfm.events import DataArrived
+from wfm.gaps import facts
 from wfm.roles import TriggerManager
 from wfm.service import open_store
 from wfm.store import Store, connect, result_hash
@@ -193,11 +194,11 @@ def fill(world: World, size: int) -> None:
         """,
         "what decisions rest on": f"""
             UPDATE coverage o SET basis = z.basis, gates = z.gates FROM (
-                SELECT c.step_id, c.unit_id, {gaps._FINGERPRINTS}
+                SELECT c.step_id, c.unit_id, {facts.FINGERPRINTS}
                 FROM coverage c JOIN reduction_step s ON s.id = c.step_id
-                JOIN ({gaps._RULES}) rules ON rules.step_id = s.id
+                JOIN ({facts.RULES}) rules ON rules.step_id = s.id
                 JOIN unit u ON u.id = c.unit_id LEFT JOIN backfill b ON b.id = c.backfill_id
-                CROSS JOIN (SELECT CAST(NULL AS text) AS digests) rv LEFT JOIN LATERAL ({gaps._UPSTREAM}) up ON true) z
+                CROSS JOIN (SELECT CAST(NULL AS text) AS digests) rv LEFT JOIN LATERAL ({facts.UPSTREAM}) up ON true) z
             WHERE (o.step_id, o.unit_id) = (z.step_id, z.unit_id)
         """,
         "sequences": "; ".join(
@@ -212,7 +213,7 @@ def fill(world: World, size: int) -> None:
                 gaps.mend_tallies(tx, 1)  # as the triggers are off, there are none yet
             tx.run("SET LOCAL session_replication_role = replica")
             for statement in sql.split(";"):
-                tx.run(statement, **({"limits": gaps._limits(tx)} if ":limits" in statement else {}))
+                tx.run(statement, **({"limits": facts.limits(tx)} if ":limits" in statement else {}))
     with store.engine.connect() as conn:
         auto = conn.execution_options(isolation_level="AUTOCOMMIT")
         auto.exec_driver_sql("DROP TABLE filled")

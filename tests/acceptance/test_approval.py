@@ -160,7 +160,7 @@ def test_the_limits_of_a_step_go_before_those_of_the_settings(world, cli):
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_order_of_evaluation_decides_nothing(world, monkeypatch, chunk, backwards):
-    monkeypatch.setattr("wfm.gaps.CHUNK", chunk)
+    monkeypatch.setattr("wfm.gaps.membership.CHUNK", chunk)
     world.pipeline("p", LATEST[:1])
     with world.roles():
         observe(world)

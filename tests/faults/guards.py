@@ -403,14 +403,14 @@ MESSAGES = [
     ),
     _guard(
         "what is not folded is looked for by its digest",
-        "wfm/gaps.py",
+        "wfm/gaps/reconciliation.py",
         "if total(there[2 * i : 2 * i + 2]) != total(here(d))",
         "if False",
         "tests/integration/test_reconcile.py::test_packages_of_which_no_message_told_are_found_in_any_number",
     ),
     _guard(
         "a decision is made again when what it rested on has changed",
-        "wfm/gaps.py",
+        "wfm/gaps/reconciliation.py",
         "z.had_basis IS DISTINCT FROM z.basis",
         "z.had_basis IS NULL",
         "tests/integration/test_reconcile.py::test_after_a_reconciliation_a_full_evaluation_changes_nothing",
@@ -657,7 +657,7 @@ TRIGGERS = [
     ),
     _guard(
         "settling counts from the last change",
-        "wfm/gaps.py",
+        "wfm/gaps/evaluation.py",
         "THEN c.wanted_since ELSE now() END",
         "THEN c.wanted_since ELSE coalesce(c.wanted_since, now()) END",
         f"{_TRIGGERS}::test_a_unit_runs_when_what_it_reads_has_been_quiet",
@@ -671,7 +671,7 @@ TRIGGERS = [
     ),
     _guard(
         "a withdrawn run is no run for a cooldown",
-        "wfm/gaps.py",
+        "wfm/gaps/facts.py",
         " AND r.failure <> :withdrawn\n                    AND r.id IS DISTINCT FROM a.id",
         "",
         f"{_TRIGGERS}::test_a_cooldown_counts_from_runs_that_had_a_chance",
@@ -719,7 +719,7 @@ EDITING = [
     ),
     _guard(
         "units of a step that is grouped otherwise are looked at once more",
-        "wfm/gaps.py",
+        "wfm/gaps/reconciliation.py",
         "return [*(row.units or ()), *_orphans(tx, step)]",
         "return [*(row.units or ())]",
         f"{_EDITING}::test_a_step_that_is_grouped_otherwise_orphans_its_units_and_takes_them_back",

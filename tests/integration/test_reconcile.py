@@ -12,6 +12,7 @@ import pytest
 from tests.harness import ACTOR, World
 from wfm import acts, gaps, views
 from wfm.decide import MoveFacts
+from wfm.gaps import evaluation, reconciliation
 from wfm.store import Move, Tx
 from wfm.whatif import _NEXT
 
@@ -53,13 +54,13 @@ def reconcile(tx: Tx) -> None:
 def decided(world: World, monkeypatch: pytest.MonkeyPatch) -> list[gaps.Pair]:
     """The pairs that were decided on."""
     seen: list[gaps.Pair] = []
-    evaluate = gaps._evaluate
+    evaluate = evaluation.evaluate_chunk
 
     def spy(tx: Tx, pairs: Any, *args: Any) -> Any:
         seen.extend(pairs)
         return evaluate(tx, pairs, *args)
 
-    monkeypatch.setattr(gaps, "_evaluate", spy)
+    monkeypatch.setattr(evaluation, "evaluate_chunk", spy)
     return seen
 
 
@@ -246,7 +247,7 @@ def test_packages_of_which_no_message_told_are_found_in_any_number(
     nested.register(*packages[3:4])
     nested.act(reconcile)
     assert nested.query("SELECT members FROM unit WHERE key = 'all'")[0].members == 4
-    monkeypatch.setattr(gaps, "FEW", 2)
+    monkeypatch.setattr(reconciliation, "FEW", 2)
     nested.register(*packages[4:])
     nested.act(reconcile)
     assert nested.query("SELECT members FROM unit WHERE key = 'all'")[0].members == 8

@@ -10,6 +10,7 @@ import pytest
 
 from tests.harness import ACTOR, World, wait_until
 from wfm import gaps
+from wfm.gaps import facts
 from wfm.schema import UNITS_INSIDE, UPSTREAM_COUNTS
 from wfm.store import Tx
 
@@ -95,7 +96,7 @@ def test_after_any_changes_the_tallies_are_what_counting_gives(nested: World, se
         tx.run("DELETE FROM coverage WHERE md5(step_id::text || unit_id || :n) < '2'", n=str(rng.random()))
 
     def sum_up(tx: Tx) -> None:
-        gaps._sum_up(tx, [r.id for r in tx.all("SELECT id FROM unit")])
+        facts.sum_up(tx, [r.id for r in tx.all("SELECT id FROM unit")])
 
     nested.act(lambda tx: gaps.evaluate(tx, gaps.fold(tx, 1, all_ids(tx)), ACTOR))
     assert differences(nested) == []
@@ -175,13 +176,13 @@ def test_a_first_row_of_coverage_is_counted_where_its_unit_moves_to(nested: Worl
 def test_many_rows_of_a_tally_become_one_when_its_unit_is_looked_at(nested: World) -> None:
     nested.register(nested.package("p0"))
     pairs = nested.act(lambda tx: gaps.fold(tx, 1, all_ids(tx)))
-    for i in range(2 * (gaps.TALLY_ROWS + 1)):
+    for i in range(2 * (facts.TALLY_ROWS + 1)):
         state = ("blocked", "waiting")[i % 2]
         nested.query("UPDATE coverage SET state = :s RETURNING 1", s=state) or nested.act(
             lambda tx: gaps.evaluate(tx, pairs, ACTOR)
         )
     before = nested.query("SELECT count(*) AS n FROM upstream_tally")[0].n
-    assert before > gaps.TALLY_ROWS
+    assert before > facts.TALLY_ROWS
     nested.act(lambda tx: gaps.evaluate(tx, pairs, ACTOR))
     assert nested.query("SELECT count(*) AS n FROM upstream_tally")[0].n < 20
     assert differences(nested) == []
