@@ -347,7 +347,8 @@ def _version(text: str, path: Path, note: _NoteAt) -> Version | None:
     try:
         return Version(text)
     except InvalidVersion:
-        note(path, f"{text!r} is not a version such as 1.4.0")
+        policy = f"; for the policy: version_policy: {text}" if text in list(VersionPolicy) else ""
+        note(path, f"{text!r} is not a version such as 1.4.0{policy}")
         return None
 
 

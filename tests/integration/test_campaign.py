@@ -168,3 +168,17 @@ def test_a_campaign_is_no_part_of_a_nights_certificate(world, cli):
     world.register(world.package("b"))
     succeed(world)
     cli("coverage", "report", world.query("SELECT now() - interval '12 h' AS at")[0].at.date())
+
+
+def test_a_campaign_tells_of_packages_that_were_revoked_since(world, cli):
+    world.register(*(world.package(n) for n in "ab"))
+    succeed(world)
+    cli("campaign", "create", "dr1", "--pipeline", "p", "--reason", "release 1")
+    succeed(world)
+    assert cli.json("campaign", "show", "dr1")["complete"]
+    cli("revoke", "package", "b", "--yes", "--reason", "bad disk")
+    succeed(world)
+    shown = cli.json("campaign", "show", "dr1")
+    assert ([(r["package"], r["reason"]) for r in shown["revoked"]], shown["complete"]) == ([("b", "bad disk")], False)
+    assert "warning: package b in it was revoked" in cli("campaign", "show", "dr1").stdout
+    assert "it is still in dr1" in cli("why", "--package", "b").stdout

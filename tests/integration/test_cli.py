@@ -766,6 +766,12 @@ def test_events_are_selected_by_type_and_time_and_paged(processed: Cli) -> None:
     assert "'run.faild', did you mean 'run.failed'" in said
 
 
+def test_what_is_named_by_mistake_leads_on(processed: Cli) -> None:
+    package = processed.json("data", "list")[0]["name"]
+    assert f"`wfm why --package {package}`" in processed("why", package, code=3).stderr
+    assert "no product has the id 999999" in processed("revoke", "product", 999_999, "--plan", code=3).stderr
+
+
 def without_redis(cli: Cli, tmp_path: Path) -> dict[str, Any]:
     """Settings with the same database, and a Redis that is away."""
     database_url = Embedded(Path(cli.environ["WFM_HOME"])).database_url

@@ -141,6 +141,8 @@ def show(name: str, as_json: bool) -> None:
             ("reason", found.reason),
         ]
     )
+    for member in found.revoked:
+        click.echo(f"warning: package {member.package} in it was revoked by {member.by}: {member.reason}")
     click.echo()
     states = [s for s in (found.steps[0].states if found.steps else ()) if any(x.states[s] for x in found.steps)]
     rows = [

@@ -308,7 +308,11 @@ def show_plan(lines: Sequence[PlanLine]) -> None:
         for o in lines
     ]
     columns = ("OBSERVATION", "OBS UNIT", "FROM", "TO", "STATE", "EXECUTED BY", "MISSING", "LOST")
-    output.table(columns, rows, empty="nothing is planned: `wfm apply` documents of kind scheduled_observation")
+    output.table(
+        columns,
+        rows,
+        empty="nothing is planned then: see `wfm data plan`, or `wfm apply` documents of kind scheduled_observation",
+    )
 
 
 @data.command()

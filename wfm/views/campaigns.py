@@ -58,10 +58,25 @@ class CampaignStep(Struct, frozen=True, kw_only=True):
     states: dict[CoverageState, int]
 
 
+class RevokedMember(Struct, frozen=True):
+    """A package of a campaign that was revoked after it was frozen."""
+
+    package: str
+    by: str
+    reason: str
+
+
 class CampaignDetail(CampaignLine, frozen=True, kw_only=True):
-    """A campaign in full; `missing` says why what is not covered is not, those that need somebody first."""
+    """A campaign in full.
+
+    Attributes:
+        complete: all of it is covered, and nothing in it was revoked.
+        missing: why what is not covered is not, those that need somebody first.
+        revoked: packages that are in it all the same: it is frozen.
+    """
 
     complete: bool
+    revoked: list[RevokedMember]
     steps: list[CampaignStep]
     missing: list[ReasonLine]
 
@@ -114,13 +129,23 @@ def campaign(conn: Connection, name: str, location_id: int) -> CampaignDetail:
     (line,) = campaigns(conn, location_id, name)
     covered = {c.step: c for c in coverage_summary(conn, location_id, name)}
     steps = [_step(row, covered[str(row["step"])]) for row in _all(conn, _PINNED, name=name)]
+    revoked = _rows(conn, RevokedMember, _REVOKED, name=name)
     return CampaignDetail(
         **{field: getattr(line, field) for field in CampaignLine.__struct_fields__},
-        complete=line.covered == line.units,
+        complete=line.covered == line.units and not revoked,
+        revoked=revoked,
         steps=steps,
         missing=_missing(conn, name, location_id),
     )
 
+
+_REVOKED = """
+SELECT k.name AS package, k.revoked_by AS by, k.revoked_reason AS reason FROM raw_data_package k
+WHERE k.revoked_by <> '' AND EXISTS (SELECT 1 FROM unit_member m JOIN unit u ON u.id = m.unit_id
+    JOIN pipeline p ON p.id = u.pipeline_id
+    WHERE m.package_id = k.id AND m.removed IS NULL AND p.name = :name AND p.deleted_at IS NULL)
+ORDER BY k.name
+"""
 
 _PINNED = """
 SELECT s.name AS step, w.name AS software, s.version, coalesce(v.state, 'gone') AS version_state, cf.name AS config,

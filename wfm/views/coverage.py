@@ -466,7 +466,7 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
     if revoked:
         summary = f"{revoked}; no unit may use it (`wfm revoke package {name} --restore` undoes that)"
         if containing:
-            summary += f"; {', '.join(containing)} are about to let it go"
+            summary += f"; it is still in {', '.join(containing)}: campaigns keep it, others let it go next"
     elif containing:
         summary = f"{len(units)} (step, unit) pairs of {', '.join(containing)} contain it"
     elif any(p["enabled"] and not p["campaign"] and p["name"] not in rejecting for p in others):

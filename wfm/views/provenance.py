@@ -11,7 +11,7 @@ from typing import Any, Literal
 from msgspec import Struct, structs
 from sqlalchemy import Connection
 
-from wfm.errors import UsageError
+from wfm.errors import NotFoundError, UsageError
 from wfm.model import ProductType
 from wfm.views.run_lines import _PINNED, _RUN_SOFTWARE, _RUN_TABLES
 from wfm.views.sql import _PACKAGES, _PRODUCTS, _all, _column, _no_run, _not_found, _require
@@ -129,6 +129,8 @@ def find_product(conn: Connection, key: str) -> tuple[int, int]:
         id=_number(key),
         path=key,
     )
+    if not found and _number(key) is not None:
+        raise NotFoundError(f"no product has the id {key}; `wfm runs show RUN` lists those of a run")
     if not found:
         _not_found(conn, "product", key, _PRODUCTS)
     current = [d for d in found if not d["superseded"]] or found
