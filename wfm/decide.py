@@ -246,7 +246,7 @@ class EndedRun(Struct, frozen=True):
     failures: int = 0
 
 
-class Plan(Struct, frozen=True):
+class ObservingPlan(Struct, frozen=True):
     """What the observing plan says of a unit whose step waits until its group is complete.
 
     Attributes:
@@ -349,7 +349,7 @@ class GapFacts(Struct, frozen=True):
     quiet_seconds: float = 0.0
     settling_seconds: float = 0.0
     missing_copies: tuple[str, ...] = ()
-    plan: Plan | None = None
+    plan: ObservingPlan | None = None
     held: str = ""
     """Stale, with the same raw data, and not approved: why."""
     revoked: bool = False
@@ -435,11 +435,7 @@ def gap(f: GapFacts) -> GapDecision:
     if withdraw is None:
         return _gap(f, None)
     # Who asked for the run that is withdrawn asked for the one that takes its place.
-    return _with(_gap(structs.replace(f, requested=True), withdraw), withdraw)
-
-
-def _with(d: GapDecision, withdraw: int) -> GapDecision:
-    return GapDecision(d.state, d.why, d.reason, d.run, withdraw, d.due_in, d.covered_by)
+    return structs.replace(_gap(structs.replace(f, requested=True), withdraw), withdraw=withdraw)
 
 
 def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:

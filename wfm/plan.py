@@ -19,7 +19,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql import visitors
 
 from wfm import grouping
-from wfm.decide import Plan
+from wfm.decide import ObservingPlan
 from wfm.events import DataAbsent, DataBack
 from wfm.model import Actor, Why
 from wfm.schema import executed_obs_unit, instrument_module, obs_unit, scheduled_observation
@@ -122,7 +122,7 @@ def of_night(conn: Connection, night: date) -> list[int]:
 
 def expected(
     tx: Tx, rules: Sequence[Any], dims: Sequence[str], units: Mapping[int, Mapping[str, Any]], hours: float
-) -> dict[int, Plan]:
+) -> dict[int, ObservingPlan]:
     """What the plan says of some units of the same dimensions.
 
     A scheduled observation falls into a unit if its values are the unit's, and if no rule excludes it; rules that look
@@ -171,7 +171,7 @@ def expected(
         if mine:
             deadline = max(r.planned_end for some in mine.values() for r in some) + timedelta(hours=hours)
             shown = f"{deadline.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-            plans[unit] = Plan(len(mine), tuple(late), (deadline - now).total_seconds(), shown)
+            plans[unit] = ObservingPlan(len(mine), tuple(late), (deadline - now).total_seconds(), shown)
     return plans
 
 

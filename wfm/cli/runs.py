@@ -458,10 +458,6 @@ def why(target: str | None, unit: str | None, package: str | None, limit: int, a
                 output.table(("PIPELINE WITHOUT IT", "REASON"), others, empty="")
             return
         pipeline, step = context.split(str(target))
-        is_package = "SELECT 1 FROM raw_data_package WHERE name = :name"
-        is_pipeline = "SELECT 1 FROM pipeline WHERE name = :name AND deleted_at IS NULL"
-        if not tx.all(is_pipeline, name=pipeline) and tx.all(is_package, name=str(target)):
-            raise NotFoundError(f"{target!r} is a package, not a pipeline: `wfm why --package {target}`")
         unit = context.full_key(tx, pipeline, unit)
         found = views.why(tx.conn, pipeline=pipeline, step=step, unit=unit, location_id=d.location, limit=limit)
         if unit:

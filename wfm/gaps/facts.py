@@ -18,7 +18,7 @@ from wfm.decide import (
     ApprovalLimits,
     EndedRun,
     GapFacts,
-    Plan,
+    ObservingPlan,
     SoftwareVersion,
     Upstream,
     Wish,
@@ -332,11 +332,11 @@ def sum_up(tx: Tx, units: Sequence[int]) -> None:
         )
 
 
-def _plans(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Plan]:
+def _plans(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, ObservingPlan]:
     """What the observing plan says of units whose steps wait until their group is complete."""
     if not pairs:
         return {}
-    found: dict[Pair, Plan] = {}
+    found: dict[Pair, ObservingPlan] = {}
     for s in tx.all(
         """
         SELECT s.id, s.group_by, s.fan_in_deadline_hours AS hours, g.rules,
@@ -388,7 +388,7 @@ def _situation(
     upstream: tuple[Upstream, ...],
     wanted: str,
     ended: EndedRun | None,
-    planned: Plan | None,
+    planned: ObservingPlan | None,
     not_due: str,
     revoked: Collection[str],
     held: str,

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, exists, literal, select, union_all
 
 from wfm import grouping
 from wfm.decide import due_text, due_times
+from wfm.errors import NotFoundError
 from wfm.model import CoverageState, FanIn, RunState, Schedule, Why
 from wfm.schema import UNITS_INSIDE, UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN
@@ -209,7 +210,12 @@ def why(
         NotFoundError: no such pipeline at this location, no such step or unit in it.
     """
     _require_location(conn, location_id)
-    _require(conn, "pipeline", pipeline, _PIPELINES_HERE, loc=location_id)
+    try:
+        _require(conn, "pipeline", pipeline, _PIPELINES_HERE, loc=location_id)
+    except NotFoundError:
+        if _all(conn, "SELECT 1 FROM raw_data_package WHERE name = :name", name=pipeline):
+            raise NotFoundError(f"{pipeline!r} is a package, not a pipeline: `wfm why --package {pipeline}`") from None
+        raise
     _require(conn, "step", step, _STEPS, pipeline=pipeline)
     _require(conn, "unit", unit, _UNITS, pipeline=pipeline)
     return _why(
