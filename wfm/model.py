@@ -7,6 +7,9 @@ from typing import Any
 
 from msgspec import Struct
 
+Pair = tuple[int, int]
+"""(step id, unit id)"""
+
 
 class Role(StrEnum):
     """The four roles, in the order of a run."""

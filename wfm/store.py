@@ -11,6 +11,7 @@ Lock order everywhere: location (the slots), backfill, coverage, run, task, even
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, CursorResult, Engine, create_engine, text
 from sqlalchemy import event as sa_event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -174,6 +175,32 @@ _RUN_SETS = {
 _sql = lru_cache(maxsize=512)(text)
 """Statements are constants: each is parsed once."""
 
+_PARAMETER = re.compile(r"(?<![:\w]):(\w+)(?!:)")
+
+
+class Prepared:
+    """A statement that looks rows up by key; within `Tx.by_key`, Postgres plans it once for each connection.
+
+    Args:
+        name: of its own. sql: a constant, with ``:parameters`` whose types Postgres can tell.
+    """
+
+    def __init__(self, name: str, sql: str) -> None:
+        self.name = name
+        self.sql = sql
+        self._parameters = list(dict.fromkeys(_PARAMETER.findall(sql)))
+        self._execute = f"EXECUTE {name}({', '.join(f'%({p})s' for p in self._parameters)})"
+
+    def __call__(self, conn: Connection, params: Mapping[str, Any]) -> CursorResult[Any]:
+        """Have it executed, and planned if this connection does not know it yet."""
+        known: set[str] = conn.info.setdefault("prepared", set())
+        if self.name not in known:
+            numbers = {p: f"${i}" for i, p in enumerate(self._parameters, 1)}
+            numbered = _PARAMETER.sub(lambda found: numbers[found[1]], self.sql)
+            conn.exec_driver_sql(f"PREPARE {self.name} AS {numbered}", execution_options={"no_parameters": True})
+            known.add(self.name)
+        return conn.exec_driver_sql(self._execute, dict(params))
+
 
 def encode(value: object) -> str:
     """JSON text of rows for ``jsonb_to_recordset``."""
@@ -199,18 +226,49 @@ class Tx:
         self.approval = approval
         self.outbox: list[Message] = []
         self._published: Counter[str] = Counter()
+        self._by_key = False
 
     def chart_of(self, run: RunRow) -> Chart:
         """The chart that a run's present attempt began with; used versions stay loadable."""
         return self.charts[run.chart_version]
 
-    def all(self, sql: str, **params: Any) -> Sequence[Any]:
+    def all(self, sql: str | Prepared, **params: Any) -> Sequence[Any]:
         """All rows of a statement."""
-        return self.conn.execute(_sql(sql), params).all()
+        return self._execute(sql, params).all()
 
-    def run(self, sql: str, **params: Any) -> int:
+    def run(self, sql: str | Prepared, **params: Any) -> int:
         """The number of rows a statement changed."""
-        return self.conn.execute(_sql(sql), params).rowcount
+        return self._execute(sql, params).rowcount
+
+    def _execute(self, sql: str | Prepared, params: Mapping[str, Any]) -> CursorResult[Any]:
+        if isinstance(sql, str):
+            return self.conn.execute(_sql(sql), params)
+        return sql(self.conn, params) if self._by_key else self.conn.execute(_sql(sql.sql), params)
+
+    @contextmanager
+    def by_key(self, by_key: bool = True) -> Iterator[None]:
+        """Within it, joins are made in the order written, row by row from their indexes, and plans are kept.
+
+        For statements of which each join is a look-up by key. Whatever the planner knows of the tables, it is not
+        asked: in the transaction of a flood it knows nothing, and what it planned for empty tables would be kept.
+
+        Args:
+            by_key: False for a part in which the planner is asked after all.
+        """
+        before = self._by_key
+        self._plan(by_key)
+        yield  # what is raised ends the transaction, and with it this setting
+        self._plan(before)
+
+    def _plan(self, by_key: bool) -> None:
+        if by_key == self._by_key:
+            return
+        value = "off" if by_key else "DEFAULT"
+        self.run(
+            f"SET LOCAL join_collapse_limit TO {1 if by_key else 'DEFAULT'}; SET LOCAL enable_seqscan TO {value};"
+            f" SET LOCAL enable_hashjoin TO {value}; SET LOCAL enable_mergejoin TO {value}"
+        )
+        self._by_key = by_key
 
     # --- runs ---
 
@@ -802,7 +860,9 @@ def connect(url: str, schema: str) -> Engine:
                 f"SET lock_timeout TO '30s'; SET idle_in_transaction_session_timeout TO '{FROZEN_SECONDS}s';"
                 # Nearly all we ask is looked up by key, and lies in memory. In one large transaction tables grow before
                 # they are analysed; with the default, each chunk would then read them whole.
-                "SET random_page_cost TO 1.1"
+                "SET random_page_cost TO 1.1;"
+                # A plan that is kept (`Prepared`) is the same for all parameters; to compile one takes longer than it.
+                "SET plan_cache_mode TO force_generic_plan; SET jit TO off"
             )
         connection.commit()
 

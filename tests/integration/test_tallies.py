@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from tests.harness import ACTOR, World, wait_until
-from wfm import gaps
+from wfm import gaps, views
 from wfm.gaps import facts
 from wfm.schema import UNITS_INSIDE, UPSTREAM_COUNTS
 from wfm.store import Tx
+from wfm.views import coverage
 
 COUNTED_NOW = f"""
 SELECT s.id AS step_id, u.id AS unit_id, us.id AS upstream_id, n.total, n.covered, n.blocked, n.digest,
@@ -186,3 +187,65 @@ def test_many_rows_of_a_tally_become_one_when_its_unit_is_looked_at(nested: Worl
     nested.act(lambda tx: gaps.evaluate(tx, pairs, ACTOR))
     assert nested.query("SELECT count(*) AS n FROM upstream_tally")[0].n < 20
     assert differences(nested) == []
+
+
+SORTED = """
+SELECT s.name, u.key FROM reduction_step s JOIN unit u ON u.pipeline_id = s.pipeline_id
+LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
+WHERE s.active AND (u.dims = s.dims AND u.members > 0 OR c.step_id IS NOT NULL)
+ORDER BY array_position(ARRAY['blocked', 'held', 'waiting', 'active', 'covered', 'empty'],
+    coalesce(c.state, 'waiting')), s.position, u.key
+"""
+
+
+@pytest.mark.parametrize("few", [0, 3, 2000])
+def test_the_first_lines_of_why_are_those_that_sorting_everything_gives(
+    nested: World, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they are looked up by their state, or among all units in the order of their keys."""
+    monkeypatch.setattr(coverage, "_FEW_UNITS", few)
+    rng = random.Random(few)
+    names = [f"p{i}" for i in range(12)]
+    nested.register(*(nested.package(n, obs_unit=f"o{i % 3}") for i, n in enumerate(names)))
+    nested.act(lambda tx: gaps.evaluate(tx, gaps.fold(tx, 1, all_ids(tx)), ACTOR))
+    # By another division: units of a step that are orphaned, and units that nobody has looked at.
+    nested.pipeline(
+        "nested",
+        [
+            {"name": "scan", "group_by": ["executed_obs_unit"]},
+            {"name": "flag", "group_by": ["executed_obs_unit", "source"], "depends_on": ["scan"]},
+            {"name": "map", "group_by": ["obs_unit"], "depends_on": ["scan"]},
+            {"name": "all", "group_by": [], "depends_on": ["map"]},
+        ],
+        grouping="archived",
+    )
+    nested.act(lambda tx: gaps.fold(tx, 1, all_ids(tx)))
+    lines = set()
+    for _ in range(6):
+
+        def change(tx: Tx) -> None:
+            tx.run(
+                """
+                UPDATE coverage c SET result = 1, run_id = (SELECT min(id) FROM run),
+                    state = (ARRAY['blocked', 'held', 'waiting', 'active', 'covered', 'empty'])[1 + mod(
+                        ('x' || left(md5(step_id::text || unit_id || :n), 6))::bit(24)::int, 6)]
+                """,
+                n=str(rng.random()),
+            )
+            tx.run("DELETE FROM coverage WHERE md5(step_id::text || unit_id || :n) < '2'", n=str(rng.random()))
+
+        nested.act(change)
+        everything = [tuple(r) for r in nested.query(SORTED)]
+        for limit in (1, 2, 5, 20, len(everything), 1000):
+            with nested.store.engine.connect() as conn:
+                found = views.why(conn, pipeline="nested", location_id=1, limit=limit)
+                assert [(line.step, line.unit) for line in found] == everything[:limit]
+                of_step = views.why(conn, pipeline="nested", step="flag", location_id=1, limit=limit)
+                assert [line.unit for line in of_step] == [u for s, u in everything if s == "flag"][:limit]
+            lines |= {(line.state, line.why) for line in found}
+        for name, key in everything:
+            with nested.store.engine.connect() as conn:
+                (line,) = views.why(conn, pipeline="nested", step=name, unit=key, location_id=1)
+            assert (line.step, line.unit) == (name, key)
+    assert len({state for state, _ in lines}) == 6
+    assert ("waiting", "arrivals_not_sorted_yet") in lines

@@ -11,8 +11,9 @@ messages. An event only says where to look first. Four functions, all set-based,
 
 from wfm.gaps.evaluation import Evaluated, evaluate, pairs_below, request
 from wfm.gaps.facts import revoked_results
-from wfm.gaps.membership import CHUNK, Pair, fold
+from wfm.gaps.membership import CHUNK, fold
 from wfm.gaps.reconciliation import mend_tallies, reconcile
+from wfm.model import Pair
 
 __all__ = [
     "CHUNK",

@@ -15,13 +15,13 @@ from wfm.decide import (
 )
 from wfm.gaps import membership
 from wfm.gaps.facts import Situation, situations, without_copies
-from wfm.gaps.membership import Pair
 from wfm.model import (
     Actor,
     CoverageState,
+    Pair,
     Why,
 )
-from wfm.store import WITHDRAWN, Move, Tx, encode
+from wfm.store import WITHDRAWN, Move, Prepared, Tx, encode
 
 
 class Evaluated(Struct):
@@ -42,15 +42,16 @@ def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor, in_time: Callable[[], 
     waiting: dict[int, set[Pair]] = defaultdict(set)
     for pair in pairs:
         waiting[positions[pair[0]]].add(pair)
-    # Steps in topological order: what a step decides is seen by those that depend on it.
-    while waiting:
-        wave = sorted(waiting.pop(min(waiting)))
-        for start in range(0, len(wave), membership.CHUNK):
-            in_time()
-            changed = evaluate_chunk(tx, wave[start : start + membership.CHUNK], actor, done)
-            done.changed += len(changed)
-            for pair in pairs_below(tx, changed):
-                waiting[positions[pair[0]]].add(pair)
+    with tx.by_key():
+        # Steps in topological order: what a step decides is seen by those that depend on it.
+        while waiting:
+            wave = sorted(waiting.pop(min(waiting)))
+            for start in range(0, len(wave), membership.CHUNK):
+                in_time()
+                changed = evaluate_chunk(tx, wave[start : start + membership.CHUNK], actor, done)
+                done.changed += len(changed)
+                for pair in pairs_below(tx, changed):
+                    waiting[positions[pair[0]]].add(pair)
     return done
 
 
@@ -84,56 +85,69 @@ def request(tx: Tx, pipeline_id: int, why: str) -> set[Pair]:
     return {(r.step_id, r.unit_id) for r in rows}
 
 
+_PAIRS_BELOW = Prepared(
+    "pairs_below",
+    """
+    SELECT DISTINCT d.step_id, CASE WHEN ds.dims = us.dims THEN q.unit_id ELSE e.upper_id END AS unit_id
+    FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
+    JOIN step_dependency d ON d.upstream_id = q.step_id
+    JOIN reduction_step us ON us.id = d.upstream_id JOIN reduction_step ds ON ds.id = d.step_id
+    LEFT JOIN unit_edge e ON e.lower_id = q.unit_id AND ds.dims <> us.dims
+    LEFT JOIN unit u ON u.id = e.upper_id
+    WHERE ds.dims = us.dims OR u.dims = ds.dims
+    """,
+)
+
+
 def pairs_below(tx: Tx, pairs: Collection[Pair]) -> set[Pair]:
     """The pairs that read the results of these."""
     if not pairs:
         return set()
     rows = tx.all(
-        """
-        SELECT DISTINCT d.step_id, CASE WHEN ds.dims = us.dims THEN q.unit_id ELSE e.upper_id END AS unit_id
-        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
-        JOIN step_dependency d ON d.upstream_id = q.step_id
-        JOIN reduction_step us ON us.id = d.upstream_id JOIN reduction_step ds ON ds.id = d.step_id
-        LEFT JOIN unit_edge e ON e.lower_id = q.unit_id AND ds.dims <> us.dims
-        LEFT JOIN unit u ON u.id = e.upper_id
-        WHERE ds.dims = us.dims OR u.dims = ds.dims
-        """,
+        _PAIRS_BELOW,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
     )
     return {(r.step_id, r.unit_id) for r in rows}
 
 
+_NEW_COVERAGE = Prepared(
+    "new_coverage",
+    """
+    INSERT INTO coverage (step_id, unit_id, state, why)
+    SELECT s, u, 'waiting', 'arrivals_not_sorted_yet'
+    FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u) ORDER BY s, u ON CONFLICT DO NOTHING
+    """,
+)
+
+
 def evaluate_chunk(tx: Tx, pairs: Sequence[Pair], actor: Actor, done: Evaluated) -> list[Pair]:
-    tx.run(
-        """
-        INSERT INTO coverage (step_id, unit_id, state, why)
-        SELECT s, u, 'waiting', 'arrivals_not_sorted_yet'
-        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u) ORDER BY s, u ON CONFLICT DO NOTHING
-        """,
-        steps=[p[0] for p in pairs],
-        units=[p[1] for p in pairs],
-    )
-    facts = situations(tx, pairs)
-    decisions = {pair: gap(f.facts) for pair, f in facts.items()}
-    starting = [pair for pair, d in decisions.items() if d.run]
-    for pair, names in without_copies(tx, starting).items():
-        decisions[pair] = gap(msgspec.structs.replace(facts[pair].facts, missing_copies=names))
-    for unwanted, reason in (
-        (False, "newer input, version or config arrived before it started"),
-        (True, "its step or unit is no longer part of its pipeline"),
-    ):
-        ids = [d.withdraw for p, d in decisions.items() if d.withdraw and facts[p].facts.unwanted is unwanted]
-        _withdraw(tx, ids, reason, actor, done)
-    made: dict[Pair, int] = {}
-    by_reason: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for pair, d in decisions.items():
-        if d.run:
-            by_reason[facts[pair].cause].append(facts[pair].new_run)
-    for reason, rows in by_reason.items():
-        made |= tx.create_runs(rows, Actor(actor.name, reason))
-    done.runs.extend(made.values())
-    return _write(tx, facts, decisions, made)
+    with tx.by_key():
+        tx.run(
+            _NEW_COVERAGE,
+            steps=[p[0] for p in pairs],
+            units=[p[1] for p in pairs],
+        )
+        facts = situations(tx, pairs)
+        decisions = {pair: gap(f.facts) for pair, f in facts.items()}
+        starting = [pair for pair, d in decisions.items() if d.run]
+        for pair, names in without_copies(tx, starting).items():
+            decisions[pair] = gap(msgspec.structs.replace(facts[pair].facts, missing_copies=names))
+        for unwanted, reason in (
+            (False, "newer input, version or config arrived before it started"),
+            (True, "its step or unit is no longer part of its pipeline"),
+        ):
+            ids = [d.withdraw for p, d in decisions.items() if d.withdraw and facts[p].facts.unwanted is unwanted]
+            _withdraw(tx, ids, reason, actor, done)
+        made: dict[Pair, int] = {}
+        by_reason: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for pair, d in decisions.items():
+            if d.run:
+                by_reason[facts[pair].cause].append(facts[pair].new_run)
+        for reason, rows in by_reason.items():
+            made |= tx.create_runs(rows, Actor(actor.name, reason))
+        done.runs.extend(made.values())
+        return _write(tx, facts, decisions, made)
 
 
 def _withdraw(tx: Tx, ids: Sequence[int], reason: str, actor: Actor, done: Evaluated) -> None:
@@ -147,33 +161,39 @@ def _withdraw(tx: Tx, ids: Sequence[int], reason: str, actor: Actor, done: Evalu
     done.withdrawn.extend(moved)
 
 
+_WRITE_COVERAGE = Prepared(
+    "write_coverage",
+    """
+    UPDATE coverage c SET state = d.state, why = d.why, reason = d.reason, wanted = d.wanted,
+        run_id = coalesce(d.covered_by, c.run_id), result = coalesce(r.result, c.result),
+        requested = c.requested AND NOT d.settled,
+        requested_for = CASE d.state WHEN 'covered' THEN '' ELSE c.requested_for END,
+        wanted_since = CASE WHEN c.wanted = d.wanted THEN c.wanted_since ELSE now() END,
+        settling_since = CASE WHEN d.why = 'settling' THEN coalesce(c.settling_since, now())
+            WHEN NOT d.settled THEN c.settling_since END,
+        backfill_id = CASE WHEN NOT d.settled THEN c.backfill_id END,
+        due_at = now() + d.due_in * interval '1 s',
+        updated_at = CASE WHEN n.new THEN now() ELSE c.updated_at END, basis = d.basis, gates = d.gates
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
+        reason text, wanted text, covered_by bigint, settled boolean, due_in float8, basis bigint, gates bigint)
+        JOIN coverage o ON (o.step_id, o.unit_id) = (d.step_id, d.unit_id)
+        LEFT JOIN run r ON r.id = d.covered_by
+        CROSS JOIN LATERAL (SELECT d.due_in IS NOT NULL
+            OR (o.state, o.why, o.reason, o.wanted, o.run_id, o.due_at IS NULL) IS DISTINCT FROM
+               (d.state, d.why, d.reason, d.wanted, coalesce(d.covered_by, o.run_id), true)
+            OR (o.requested AND d.settled) AS new) n
+    WHERE (c.step_id, c.unit_id) = (d.step_id, d.unit_id)
+        AND (n.new OR (c.basis, c.gates) IS DISTINCT FROM (d.basis, d.gates))
+    RETURNING c.step_id, c.unit_id, n.new
+    """,
+)
+
+
 def _write(
     tx: Tx, facts: Mapping[Pair, Situation], decisions: Mapping[Pair, GapDecision], made: Mapping[Pair, int]
 ) -> list[Pair]:
     rows = tx.all(
-        """
-        UPDATE coverage c SET state = d.state, why = d.why, reason = d.reason, wanted = d.wanted,
-            run_id = coalesce(d.covered_by, c.run_id), result = coalesce(r.result, c.result),
-            requested = c.requested AND NOT d.settled,
-            requested_for = CASE d.state WHEN 'covered' THEN '' ELSE c.requested_for END,
-            wanted_since = CASE WHEN c.wanted = d.wanted THEN c.wanted_since ELSE now() END,
-            settling_since = CASE WHEN d.why = 'settling' THEN coalesce(c.settling_since, now())
-                WHEN NOT d.settled THEN c.settling_since END,
-            backfill_id = CASE WHEN NOT d.settled THEN c.backfill_id END,
-            due_at = now() + d.due_in * interval '1 s',
-            updated_at = CASE WHEN n.new THEN now() ELSE c.updated_at END, basis = d.basis, gates = d.gates
-        FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
-            reason text, wanted text, covered_by bigint, settled boolean, due_in float8, basis bigint, gates bigint)
-            JOIN coverage o ON (o.step_id, o.unit_id) = (d.step_id, d.unit_id)
-            LEFT JOIN run r ON r.id = d.covered_by
-            CROSS JOIN LATERAL (SELECT d.due_in IS NOT NULL
-                OR (o.state, o.why, o.reason, o.wanted, o.run_id, o.due_at IS NULL) IS DISTINCT FROM
-                   (d.state, d.why, d.reason, d.wanted, coalesce(d.covered_by, o.run_id), true)
-                OR (o.requested AND d.settled) AS new) n
-        WHERE (c.step_id, c.unit_id) = (d.step_id, d.unit_id)
-            AND (n.new OR (c.basis, c.gates) IS DISTINCT FROM (d.basis, d.gates))
-        RETURNING c.step_id, c.unit_id, n.new
-        """,
+        _WRITE_COVERAGE,
         rows=encode(
             [
                 {

@@ -32,10 +32,10 @@ from wfm.decide import (
     wanted_digest,
     without,
 )
-from wfm.gaps.membership import Pair
 from wfm.model import (
     FanIn,
     OnStale,
+    Pair,
     Resources,
     RunState,
     Schedule,
@@ -43,7 +43,7 @@ from wfm.model import (
     VersionPolicy,
 )
 from wfm.schema import UPSTREAM_COUNTS
-from wfm.store import WITHDRAWN, Tx, encode, result_hash
+from wfm.store import WITHDRAWN, Prepared, Tx, encode, result_hash
 from wfm.views.cost import step_costs
 
 TALLY_ROWS = 100
@@ -106,70 +106,73 @@ into `gates`.
 """
 
 
+_SITUATIONS = Prepared(
+    "situations",
+    f"""
+    WITH c AS MATERIALIZED (
+        SELECT c.step_id, c.unit_id, c.requested, c.requested_for, c.run_id, c.wanted, c.wanted_since,
+            c.settling_since, c.paused_by, c.paused_reason, c.backfill_id
+        FROM coverage c
+        JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
+            ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
+        ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c),
+    rules AS MATERIALIZED ({RULES} WHERE s.id = ANY(CAST(:steps AS bigint[])))
+    SELECT c.step_id, c.unit_id, c.requested, c.requested_for, s.name AS step, s.active AS step_active,
+        s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
+        s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
+        s.on_stale, s.approval_units, s.approval_core_hours,
+        p.name AS pipeline, p.id AS pipeline_id, p.location_id, p.priority, p.stale_priority,
+        p.enabled AND p.deleted_at IS NULL AS enabled,
+        p.paused_by, p.paused_reason, p.trigger_type, p.trigger_config, now() AS now,
+        c.paused_by AS unit_paused_by, c.paused_reason AS unit_paused_reason, b.id AS backfill_id,
+        b.name AS backfill, b.priority AS backfill_priority, coalesce(b.paused_by, '') AS backfill_paused_by,
+        b.paused_reason AS backfill_paused_reason,
+        s.dims, s.group_by, u.dims AS unit_dims, u.key AS unit, u.members, u.digest, u.generation,
+        cf.name AS config, cr.id AS config_id,
+        cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
+        a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted, a.missing AS active_missing,
+        prev.id AS prev_id, prev.wanted AS prev_wanted, prev.generation AS prev_generation,
+        prev.software_version_id AS prev_version_id, psw.name AS prev_software, pv.version AS prev_version,
+        coalesce(pc.hash, '') AS prev_config_hash,
+        pv.state = 'revoked' OR coalesce(pc.revoked_by, '') <> '' AS prev_revoked,
+        s.fan_in, CASE WHEN s.fan_in = 'any' THEN
+            (SELECT sum((x ->> 'read')::int) FROM jsonb_array_elements(prev.upstream) x) END AS accepted_results,
+        c.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
+        extract(epoch FROM now() - c.wanted_since)::float AS quiet_seconds,
+        extract(epoch FROM now() - c.settling_since)::float AS settling_seconds,
+        CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
+            WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.failure <> :withdrawn
+                AND r.id IS DISTINCT FROM a.id))::float END AS since_last_run,
+        up.steps AS upstream, {FINGERPRINTS}
+    FROM c JOIN rules ON rules.step_id = c.step_id
+    JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
+    JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = c.unit_id
+    LEFT JOIN run prev ON prev.id = c.run_id LEFT JOIN software_version pv ON pv.id = prev.software_version_id
+    LEFT JOIN software psw ON psw.id = pv.software_id
+    LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
+    LEFT JOIN backfill b ON b.id = c.backfill_id
+    -- One by one, from its index: in the transaction of a flood nobody knows yet how many active runs there are.
+    LEFT JOIN LATERAL (SELECT id, state, wanted, missing FROM run r
+        WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.finished_at IS NULL LIMIT 1) a ON true
+    LEFT JOIN config cf ON cf.id = s.config_id
+    LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision WHERE config_id = s.config_id
+            AND revoked_by = '' AND (s.config_revision_id IS NULL OR id = s.config_revision_id)
+        ORDER BY revision DESC LIMIT 1) cr ON true
+    LEFT JOIN LATERAL ({UPSTREAM}) up ON true
+    LEFT JOIN LATERAL ({REVOKED} AND r.unit_id = c.unit_id GROUP BY r.unit_id) rv ON true
+    """,
+)
+
+
 def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
     """Everything `decide.gap` looks at, in few statements; locks the coverage rows."""
-    # Each join is a look-up by key: in the order written, or the planner would now and then read whole tables.
-    tx.run("SET LOCAL join_collapse_limit TO 1")
     rows = tx.all(
-        f"""
-        WITH c AS MATERIALIZED (
-            SELECT c.step_id, c.unit_id, c.requested, c.requested_for, c.run_id, c.wanted, c.wanted_since,
-                c.settling_since, c.paused_by, c.paused_reason, c.backfill_id
-            FROM coverage c
-            JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
-                ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
-            ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c),
-        rules AS MATERIALIZED ({RULES} WHERE s.id = ANY(CAST(:steps AS bigint[])))
-        SELECT c.step_id, c.unit_id, c.requested, c.requested_for, s.name AS step, s.active AS step_active,
-            s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
-            s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
-            s.on_stale, s.approval_units, s.approval_core_hours,
-            p.name AS pipeline, p.id AS pipeline_id, p.location_id, p.priority, p.stale_priority,
-            p.enabled AND p.deleted_at IS NULL AS enabled,
-            p.paused_by, p.paused_reason, p.trigger_type, p.trigger_config, now() AS now,
-            c.paused_by AS unit_paused_by, c.paused_reason AS unit_paused_reason, b.id AS backfill_id,
-            b.name AS backfill, b.priority AS backfill_priority, coalesce(b.paused_by, '') AS backfill_paused_by,
-            b.paused_reason AS backfill_paused_reason,
-            s.dims, s.group_by, u.dims AS unit_dims, u.key AS unit, u.members, u.digest, u.generation,
-            cf.name AS config, cr.id AS config_id,
-            cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
-            a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted, a.missing AS active_missing,
-            prev.id AS prev_id, prev.wanted AS prev_wanted, prev.generation AS prev_generation,
-            prev.software_version_id AS prev_version_id, psw.name AS prev_software, pv.version AS prev_version,
-            coalesce(pc.hash, '') AS prev_config_hash,
-            pv.state = 'revoked' OR coalesce(pc.revoked_by, '') <> '' AS prev_revoked,
-            s.fan_in, CASE WHEN s.fan_in = 'any' THEN
-                (SELECT sum((x ->> 'read')::int) FROM jsonb_array_elements(prev.upstream) x) END AS accepted_results,
-            c.wanted AS known_wanted, s.settle_seconds, s.settle_at_most_seconds,
-            extract(epoch FROM now() - c.wanted_since)::float AS quiet_seconds,
-            extract(epoch FROM now() - c.settling_since)::float AS settling_seconds,
-            CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
-                WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.failure <> :withdrawn
-                    AND r.id IS DISTINCT FROM a.id))::float END AS since_last_run,
-            up.steps AS upstream, {FINGERPRINTS}
-        FROM c JOIN rules ON rules.step_id = c.step_id
-        JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
-        JOIN software sw ON sw.id = s.software_id JOIN unit u ON u.id = c.unit_id
-        LEFT JOIN run prev ON prev.id = c.run_id LEFT JOIN software_version pv ON pv.id = prev.software_version_id
-        LEFT JOIN software psw ON psw.id = pv.software_id
-        LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
-        LEFT JOIN backfill b ON b.id = c.backfill_id
-        -- One by one, from its index: in the transaction of a flood nobody knows yet how many active runs there are.
-        LEFT JOIN LATERAL (SELECT id, state, wanted, missing FROM run r
-            WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.finished_at IS NULL LIMIT 1) a ON true
-        LEFT JOIN config cf ON cf.id = s.config_id
-        LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision WHERE config_id = s.config_id
-                AND revoked_by = '' AND (s.config_revision_id IS NULL OR id = s.config_revision_id)
-            ORDER BY revision DESC LIMIT 1) cr ON true
-        LEFT JOIN LATERAL ({UPSTREAM}) up ON true
-        LEFT JOIN LATERAL ({REVOKED} AND r.unit_id = c.unit_id GROUP BY r.unit_id) rv ON true
-        """,
+        _SITUATIONS,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
         withdrawn=WITHDRAWN,
         limits=limits(tx),
     )
-    tx.run("SET LOCAL join_collapse_limit TO DEFAULT")
     sum_up(tx, [r.unit_id for r in rows if any(z["parts"] > TALLY_ROWS for z in r.upstream or ())])
     versions: dict[int, list[SoftwareVersion]] = defaultdict(list)
     for v in tx.all(
@@ -178,9 +181,14 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
     ):
         versions[v.software_id].append(SoftwareVersion(v.id, v.version, v.state))
     revoked = revoked_results(tx, pairs)
+
+    @cache
+    def chosen(policy: str, named: str, software: int) -> tuple[SoftwareVersion | None, str]:
+        return choose_version(VersionPolicy(policy), named, versions[software])
+
     known = {}
     for r in rows:
-        version, fault = choose_version(VersionPolicy(r.version_policy), r.named_version, versions[r.software_id])
+        version, fault = chosen(r.version_policy, r.named_version, r.software_id)
         upstream = tuple(msgspec.convert(z, Upstream, strict=False) for z in r.upstream or ())
         by_step = {u.step: u.digest for u in upstream}
         wanted = ""
@@ -228,39 +236,43 @@ def _wishes(tx: Tx, wanted: Mapping[int, tuple[int, int | None]]) -> dict[int, W
     known = {r.step_id: r for r in rows if (r.software_version_id, r.config_revision_id) == wanted[r.step_id]}
     new = [step for step in wanted if step not in known]
     if new:
-        costs = step_costs(tx.conn, new)
-        rows = tx.all(
-            """
-            INSERT INTO step_wish (step_id, software_version_id, config_revision_id, units, core_hours)
-            SELECT w.step_id, w.version_id, w.config_id, n.units, n.units * w.core_hours
-            FROM jsonb_to_recordset(CAST(:rows AS jsonb))
-                AS w(step_id bigint, version_id bigint, config_id bigint, core_hours float8)
-            LEFT JOIN config_revision wc ON wc.id = w.config_id
-            CROSS JOIN LATERAL (
-                SELECT count(*) AS units FROM coverage c JOIN run r ON r.id = c.run_id JOIN unit u ON u.id = c.unit_id
-                LEFT JOIN config_revision rc ON rc.id = r.config_revision_id
-                WHERE c.step_id = w.step_id AND u.members > 0 AND u.generation = r.generation
-                    AND (r.software_version_id, rc.hash) IS DISTINCT FROM (w.version_id, wc.hash)
-                    AND NOT EXISTS (SELECT 1 FROM run o LEFT JOIN config_revision oc ON oc.id = o.config_revision_id
-                        WHERE (o.step_id, o.unit_id, o.generation) = (c.step_id, c.unit_id, u.generation)
-                            AND o.state = 'COMPLETED' AND o.software_version_id = w.version_id
-                            AND oc.hash IS NOT DISTINCT FROM wc.hash)) n
-            ORDER BY w.step_id RETURNING *
-            """,
-            rows=encode(
-                [
-                    {
-                        "step_id": step,
-                        "version_id": wanted[step][0],
-                        "config_id": wanted[step][1],
-                        "core_hours": costs[step].core_hours,
-                    }
-                    for step in new
-                ]
-            ),
-        )
-        known |= {r.step_id: r for r in rows}
+        with tx.by_key(False):
+            known |= {r.step_id: r for r in _new_wishes(tx, wanted, new)}
     return {step: Wish(r.units, r.core_hours, r.approved_by != "") for step, r in known.items()}
+
+
+def _new_wishes(tx: Tx, wanted: Mapping[int, tuple[int, int | None]], new: Sequence[int]) -> Sequence[Any]:
+    costs = step_costs(tx.conn, new)
+    return tx.all(
+        """
+        INSERT INTO step_wish (step_id, software_version_id, config_revision_id, units, core_hours)
+        SELECT w.step_id, w.version_id, w.config_id, n.units, n.units * w.core_hours
+        FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+            AS w(step_id bigint, version_id bigint, config_id bigint, core_hours float8)
+        LEFT JOIN config_revision wc ON wc.id = w.config_id
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS units FROM coverage c JOIN run r ON r.id = c.run_id JOIN unit u ON u.id = c.unit_id
+            LEFT JOIN config_revision rc ON rc.id = r.config_revision_id
+            WHERE c.step_id = w.step_id AND u.members > 0 AND u.generation = r.generation
+                AND (r.software_version_id, rc.hash) IS DISTINCT FROM (w.version_id, wc.hash)
+                AND NOT EXISTS (SELECT 1 FROM run o LEFT JOIN config_revision oc ON oc.id = o.config_revision_id
+                    WHERE (o.step_id, o.unit_id, o.generation) = (c.step_id, c.unit_id, u.generation)
+                        AND o.state = 'COMPLETED' AND o.software_version_id = w.version_id
+                        AND oc.hash IS NOT DISTINCT FROM wc.hash)) n
+        ORDER BY w.step_id RETURNING *
+        """,
+        rows=encode(
+            [
+                {
+                    "step_id": step,
+                    "version_id": wanted[step][0],
+                    "config_id": wanted[step][1],
+                    "core_hours": costs[step].core_hours,
+                }
+                for step in new
+            ]
+        ),
+    )
 
 
 def _reprocessed(r: Any) -> bool:
@@ -298,16 +310,22 @@ def _config_fault(r: Any) -> str:
     return f"every revision of config {r.config} is revoked" if r.config and r.config_id is None else ""
 
 
+_REVOKED_RESULTS = Prepared(
+    "revoked_results",
+    """
+    SELECT DISTINCT r.step_id, r.unit_id, r.wanted
+    FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
+    JOIN run r ON (r.step_id, r.unit_id) = (q.s, q.u) JOIN data_product d ON d.run_id = r.id
+    WHERE d.revoked_by <> ''
+    """,
+)
+
+
 def revoked_results(tx: Tx, pairs: Collection[Pair]) -> Mapping[Pair, set[str]]:
     """By pair, the digests whose result must not be used: a product of the run that made it is revoked."""
     found: dict[Pair, set[str]] = defaultdict(set)
     for r in tx.all(
-        """
-        SELECT DISTINCT r.step_id, r.unit_id, r.wanted
-        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(s, u)
-        JOIN run r ON (r.step_id, r.unit_id) = (q.s, q.u) JOIN data_product d ON d.run_id = r.id
-        WHERE d.revoked_by <> ''
-        """,
+        _REVOKED_RESULTS,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
     ):
@@ -355,21 +373,27 @@ def _plans(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, ObservingPlan]:
     return found
 
 
+_ENDED = Prepared(
+    "ended",
+    """
+    SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message,
+        CASE r.state WHEN 'FAILED' THEN (SELECT count(*) FROM run f JOIN transition t ON t.run_id = f.id
+            WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND t.trigger = 'fail') ELSE 0 END AS failures,
+        r.missing
+    FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
+    JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
+    WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn AND NOT (r.state = 'COMPLETED' AND EXISTS (
+        SELECT 1 FROM task t WHERE t.run_id = r.id AND t.attempt = r.attempt AND t.kind = 'purge'
+            AND t.state <> 'closed'))
+    ORDER BY r.step_id, r.unit_id, r.state = 'COMPLETED' DESC, r.id DESC
+    """,
+)
+
+
 def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
     """The latest ended run with the wanted digest; a completed one before all others, unless its files were purged."""
     rows = tx.all(
-        """
-        SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message,
-            CASE r.state WHEN 'FAILED' THEN (SELECT count(*) FROM run f JOIN transition t ON t.run_id = f.id
-                WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND t.trigger = 'fail') ELSE 0 END AS failures,
-            r.missing
-        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
-        JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
-        WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn AND NOT (r.state = 'COMPLETED' AND EXISTS (
-            SELECT 1 FROM task t WHERE t.run_id = r.id AND t.attempt = r.attempt AND t.kind = 'purge'
-                AND t.state <> 'closed'))
-        ORDER BY r.step_id, r.unit_id, r.state = 'COMPLETED' DESC, r.id DESC
-        """,
+        _ENDED,
         steps=[p[0] for p in wanted],
         units=[p[1] for p in wanted],
         wanted=list(wanted.values()),
@@ -468,23 +492,29 @@ def _priority(r: Any) -> int:
     return int(r.stale_priority if _reprocessed(r) and r.stale_priority is not None else r.priority)
 
 
+_WITHOUT_COPIES = Prepared(
+    "without_copies",
+    """
+    SELECT q.step_id, q.unit_id, m.names
+    FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
+    CROSS JOIN LATERAL (
+        -- In WHERE, "removed IS NULL" would have each unit's members looked for in the index of all packages.
+        SELECT array_agg(p.name ORDER BY p.name) FILTER (WHERE m.removed IS NULL) AS names FROM unit_member m
+        JOIN raw_data_package p ON p.id = m.package_id
+        WHERE m.unit_id = q.unit_id
+            AND NOT EXISTS (SELECT 1 FROM physical_copy c JOIN data_location l ON l.id = c.location_id
+                WHERE c.package_id = p.id AND c.status IN ('present', 'staged') AND l.storage = 'disk')) m
+    WHERE m.names IS NOT NULL AND NOT EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = q.step_id)
+    """,
+)
+
+
 def without_copies(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, tuple[str, ...]]:
     """Of pairs that read raw data: names of packages that lie on no disk."""
     if not pairs:
         return {}
     rows = tx.all(
-        """
-        SELECT q.step_id, q.unit_id, m.names
-        FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)
-        CROSS JOIN LATERAL (
-            -- In WHERE, "removed IS NULL" would have each unit's members looked for in the index of all packages.
-            SELECT array_agg(p.name ORDER BY p.name) FILTER (WHERE m.removed IS NULL) AS names FROM unit_member m
-            JOIN raw_data_package p ON p.id = m.package_id
-            WHERE m.unit_id = q.unit_id
-                AND NOT EXISTS (SELECT 1 FROM physical_copy c JOIN data_location l ON l.id = c.location_id
-                    WHERE c.package_id = p.id AND c.status IN ('present', 'staged') AND l.storage = 'disk')) m
-        WHERE m.names IS NOT NULL AND NOT EXISTS (SELECT 1 FROM step_dependency d WHERE d.step_id = q.step_id)
-        """,
+        _WITHOUT_COPIES,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
     )

@@ -13,10 +13,8 @@ from wfm.decide import (
     DIGEST_MODULUS,
     set_digest,
 )
-from wfm.store import Tx, encode
-
-Pair = tuple[int, int]
-"""(step id, unit id)"""
+from wfm.model import Pair
+from wfm.store import Prepared, Tx, encode
 
 CHUNK = 1000
 """Pairs that are evaluated, and packages that are folded, at once: what a flood costs in memory besides their ids."""
@@ -73,11 +71,12 @@ def fold_chunk(tx: Tx, pipeline: Pipeline, ids: Sequence[int]) -> set[Pair]:
     before: dict[str, Mapping[int, int]] = {}
     after: dict[str, Mapping[int, int]] = {}
     empty: list[int] = []
-    for dims, group_by in group_bys(pipeline).items():
-        before[dims], after[dims], changed = _fold_dims(tx, pipeline, dims, group_by, ids)
-        touched |= {(s.id, u) for s in pipeline.steps if s.dims == dims for u in changed}
-        empty += [u for u, members in changed.items() if not members]
-    _fold_edges(tx, pipeline.nested, before, after, empty)
+    with tx.by_key():
+        for dims, group_by in group_bys(pipeline).items():
+            before[dims], after[dims], changed = _fold_dims(tx, pipeline, dims, group_by, ids)
+            touched |= {(s.id, u) for s in pipeline.steps if s.dims == dims for u in changed}
+            empty += [u for u, members in changed.items() if not members]
+        _fold_edges(tx, pipeline.nested, before, after, empty)
     return touched
 
 
@@ -104,6 +103,59 @@ def pipelines_at(tx: Tx, location_id: int, ids: Collection[int] | None) -> list[
     return list(found.values())
 
 
+_NEW_UNITS = Prepared(
+    "new_units",
+    """
+    INSERT INTO unit (pipeline_id, dims, key, "values")
+    SELECT :pipeline, :dims, key, vals FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS u(key text, vals jsonb)
+    ORDER BY key ON CONFLICT DO NOTHING
+    """,
+)
+
+_LOCK_UNITS = Prepared(
+    "lock_units",
+    """
+    SELECT id, key, digest, members, generation FROM unit WHERE pipeline_id = :pipeline AND dims = :dims
+        AND id IN (SELECT id FROM unit WHERE pipeline_id = :pipeline AND dims = :dims AND key = ANY(:keys)
+            UNION SELECT unit_id FROM unit_member WHERE package_id = ANY(:ids) AND removed IS NULL)
+    ORDER BY id FOR NO KEY UPDATE
+    """,
+)
+
+_COUNT_MEMBERS = Prepared(
+    "count_members",
+    """
+    UPDATE unit u SET generation = c.generation, digest = c.digest, members = c.members
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+        AS c(id bigint, generation bigint, digest numeric, members bigint)
+    WHERE u.id = c.id
+    """,
+)
+
+_LEAVE = Prepared(
+    "leave_units",
+    """
+    UPDATE unit_member m SET removed = u.generation FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
+        AS g(unit bigint, package bigint)
+    WHERE m.unit_id = g.unit AND m.package_id = g.package AND m.removed IS NULL AND u.id = g.unit
+    """,
+)
+
+_JOIN = Prepared(
+    "join_units",
+    """
+    INSERT INTO unit_member (unit_id, package_id, added, item)
+    SELECT g.unit, g.package, u.generation, g.item FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
+        AS g(unit bigint, package bigint, item numeric)
+    WHERE u.id = g.unit
+    """,
+)
+
+_UNITS_OF = Prepared(
+    "units_of", "SELECT package_id, unit_id, item FROM unit_member WHERE package_id = ANY(:ids) AND removed IS NULL"
+)
+
+
 def _fold_dims(
     tx: Tx, pipeline: Pipeline, dims: str, group_by: Sequence[str], ids: Sequence[int]
 ) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
@@ -123,11 +175,7 @@ def _fold_dims(
         target[row[0]] = (key, int(row[1]))
 
     tx.run(
-        """
-        INSERT INTO unit (pipeline_id, dims, key, "values")
-        SELECT :pipeline, :dims, key, vals FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS u(key text, vals jsonb)
-        ORDER BY key ON CONFLICT DO NOTHING
-        """,
+        _NEW_UNITS,
         pipeline=pipeline.id,
         dims=dims,
         rows=encode([{"key": k, "vals": v} for k, v in values.items()]),
@@ -136,12 +184,7 @@ def _fold_dims(
     units = {
         u.key: u
         for u in tx.all(
-            """
-            SELECT id, key, digest, members, generation FROM unit WHERE pipeline_id = :pipeline AND dims = :dims
-                AND id IN (SELECT id FROM unit WHERE pipeline_id = :pipeline AND dims = :dims AND key = ANY(:keys)
-                    UNION SELECT unit_id FROM unit_member WHERE package_id = ANY(:ids) AND removed IS NULL)
-            ORDER BY id FOR NO KEY UPDATE
-            """,
+            _LOCK_UNITS,
             pipeline=pipeline.id,
             dims=dims,
             keys=list(values),
@@ -154,7 +197,7 @@ def _fold_dims(
     here = {
         (m.package_id, m.unit_id): int(m.item)
         for m in tx.all(
-            "SELECT package_id, unit_id, item FROM unit_member WHERE package_id = ANY(:ids) AND removed IS NULL",
+            _UNITS_OF,
             ids=list(ids),
         )
         if m.unit_id in by_id
@@ -170,12 +213,7 @@ def _fold_dims(
     changed = {u: by_id[u].members + len(added[u]) - len(removed[u]) for u in sorted({*added, *removed})}
     if changed:
         tx.run(
-            """
-            UPDATE unit u SET generation = c.generation, digest = c.digest, members = c.members
-            FROM jsonb_to_recordset(CAST(:rows AS jsonb))
-                AS c(id bigint, generation bigint, digest numeric, members bigint)
-            WHERE u.id = c.id
-            """,
+            _COUNT_MEMBERS,
             rows=encode(
                 [
                     {
@@ -193,20 +231,11 @@ def _fold_dims(
         )
         if any(removed.values()):
             tx.run(
-                """
-                UPDATE unit_member m SET removed = u.generation FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
-                    AS g(unit bigint, package bigint)
-                WHERE m.unit_id = g.unit AND m.package_id = g.package AND m.removed IS NULL AND u.id = g.unit
-                """,
+                _LEAVE,
                 rows=encode([{"unit": u, "package": p} for u, gone in removed.items() for p in gone]),
             )
         tx.run(
-            """
-            INSERT INTO unit_member (unit_id, package_id, added, item)
-            SELECT g.unit, g.package, u.generation, g.item FROM unit u, jsonb_to_recordset(CAST(:rows AS jsonb))
-                AS g(unit bigint, package bigint, item numeric)
-            WHERE u.id = g.unit
-            """,
+            _JOIN,
             rows=encode(
                 [{"unit": u, "package": p, "item": str(i)} for u, new in added.items() for p, i in new.items()]
             ),

@@ -14,7 +14,7 @@ from wfm import grouping
 from wfm.decide import NOT_ASKED_FOR, standing
 from wfm.model import Standing, Why
 from wfm.schema import executed_obs_unit, raw_data_package
-from wfm.views.coverage import WhyLine, _why
+from wfm.views.coverage import WhyLine, explain
 from wfm.views.planned import PlanLine, planned
 from wfm.views.sql import _OF_PIPELINE, _PIPELINES_HERE, _all, _require, _require_location, _rows
 
@@ -164,7 +164,7 @@ def certificate(conn: Connection, night: date, *, location_id: int, pipeline: st
         )
         for p in packages
     }
-    units = _open_units(conn, packages, pairs, location_id)
+    units = _open_units(conn, packages, pairs)
     return Certificate(
         night=night,
         counts=dict.fromkeys(Standing, 0) | Counter(where.values()),
@@ -237,23 +237,14 @@ def _not_sorted(conn: Connection, packages: Sequence[_Package], asked: Mapping[s
     return set(conn.execute(union_all(*chosen, select(literal(0)))).scalars()) - {0}
 
 
-def _open_units(
-    conn: Connection, packages: Sequence[_Package], pairs: Mapping[int, _Pair], location_id: int
-) -> list[OpenUnit]:
+def _open_units(conn: Connection, packages: Sequence[_Package], pairs: Mapping[int, _Pair]) -> list[OpenUnit]:
     """What is neither covered nor waived, unit by unit, with its reason and what would change it."""
     names: dict[int, list[str]] = defaultdict(list)
     for p in packages:
         for i in () if p.waived else p.open:
             names[i].append(p.name)
     holding = {(pairs[i].pipeline, pairs[i].step, pairs[i].unit): named for i, named in names.items()}
-    lines = _why(
-        conn,
-        "s.active AND (s.id, u.id) IN (SELECT * FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])))",
-        limit=len(names),
-        loc=location_id,
-        steps=[pairs[i].step_id for i in names],
-        units=[pairs[i].unit_id for i in names],
-    )
+    lines = explain(conn, [(pairs[i].step_id, pairs[i].unit_id) for i in names])
     found = []
     for line in lines:
         named = holding[line.pipeline, line.step, line.unit]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -14,11 +14,10 @@ from sqlalchemy import Connection, exists, literal, select, union_all
 from wfm import grouping
 from wfm.decide import due_text, due_times
 from wfm.errors import NotFoundError
-from wfm.model import CoverageState, FanIn, RunState, Schedule, Why
+from wfm.model import CoverageState, FanIn, Pair, RunState, Schedule, Why
 from wfm.schema import UNITS_INSIDE, UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN
 from wfm.views.sql import (
-    _ACTIVE,
     _OF_PIPELINE,
     _PACKAGES,
     _PIPELINES_HERE,
@@ -131,23 +130,29 @@ CHANGE: dict[Why, str] = {
 _FIRST = 3
 
 _FEW_UNITS = 2000
-"""So many units inside one are looked through; of more, those that are not covered are looked up."""
+"""So many units inside one are looked through, if fewer than its step has open; else these are looked up."""
 
 # For a step s and its unit u: each step us it depends on, counted, with the first few units o of us in u that are not
 # covered, blocked ones first.
 _OPEN_BELOW = f"""
 JOIN step_dependency d ON d.step_id = s.id JOIN reduction_step us ON us.id = d.upstream_id
 JOIN LATERAL ({UPSTREAM_COUNTS}) n ON true
+CROSS JOIN LATERAL (
+    SELECT n.total <= {_FEW_UNITS} AND (n.total <= z.units - z.done OR z.units > z.looked_at) AS through FROM (
+        SELECT sum(units) FILTER (WHERE step_id IS NULL) AS units,
+            sum(units) FILTER (WHERE step_id = us.id) AS looked_at,
+            coalesce(sum(units) FILTER (WHERE step_id = us.id AND state IN ('covered', 'empty')), 0) AS done
+        FROM coverage_tally t WHERE t.pipeline_id = us.pipeline_id AND t.dims = us.dims) z) look
 LEFT JOIN LATERAL (
     SELECT * FROM (
         SELECT l.id, l.key, coalesce(c.state, 'waiting') AS state, coalesce(c.why, 'arrivals_not_sorted_yet') AS why
         FROM ({UNITS_INSIDE}) l LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id)
-        WHERE n.total <= {_FEW_UNITS} AND c.counts IS NOT TRUE
+        WHERE look.through IS NOT FALSE AND c.counts IS NOT TRUE
         {
     "".join(
         f'''
         UNION ALL (SELECT l.id, l.key, c.state, c.why FROM coverage c JOIN unit l ON l.id = c.unit_id
-            WHERE n.total > {_FEW_UNITS} AND c.step_id = us.id AND c.state {which} AND NOT c.counts AND l.dims = us.dims
+            WHERE NOT look.through AND c.step_id = us.id AND c.state {which} AND NOT c.counts AND l.dims = us.dims
                 AND EXISTS (SELECT 1 FROM unit_edge e WHERE (e.upper_id, e.lower_id) = (u.id, l.id)) LIMIT :first)
         '''
         for which in ("= 'blocked'", "IN ('held', 'waiting', 'active')")
@@ -218,21 +223,97 @@ def why(
         raise
     _require(conn, "step", step, _STEPS, pipeline=pipeline)
     _require(conn, "unit", unit, _UNITS, pipeline=pipeline)
-    return _why(
+    steps = _all(
         conn,
         f"""
-        p.name = :pipeline AND (s.active OR s.name = :step)
-        AND {_asked("s.name", "step")} AND {_asked("u.key", "unit")}
+        SELECT s.id, s.dims, s.pipeline_id FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
+        WHERE p.name = :pipeline AND (s.active OR s.name = :step) AND {_asked("s.name", "step")} ORDER BY s.position
         """,
-        limit,
-        loc=location_id,
         pipeline=pipeline,
         step=step,
-        unit=unit,
     )
+    return explain(conn, _first(conn, steps, limit) if unit is None else _named(conn, steps, unit)[:limit])
 
 
-def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLine]:
+def _named(conn: Connection, steps: Sequence[Mapping[str, Any]], unit: str) -> list[Pair]:
+    """The units of this key that concern these steps of a pipeline."""
+    rows = _all(
+        conn,
+        """
+        SELECT s.id AS step_id, u.id AS unit_id FROM reduction_step s JOIN unit u ON u.pipeline_id = :pipeline
+            AND u.key = :unit AND u.dims = ANY(ARRAY(SELECT dims FROM coverage_tally WHERE pipeline_id = :pipeline
+                UNION SELECT dims FROM reduction_step WHERE pipeline_id = :pipeline))
+        LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
+        WHERE s.id = ANY(:steps) AND (u.dims = s.dims AND u.members > 0 OR c.step_id IS NOT NULL)
+        """,
+        pipeline=steps[0]["pipeline_id"] if steps else None,
+        unit=unit,
+        steps=[s["id"] for s in steps],
+    )
+    return [(r["step_id"], r["unit_id"]) for r in rows]
+
+
+def _first(conn: Connection, steps: Sequence[Mapping[str, Any]], limit: int) -> list[Pair]:
+    """Of all units that concern these steps of a pipeline, the first few: by state, step and key.
+
+    The tallies tell where there are any: what is not shown is not sorted either.
+    """
+    counts = _all(
+        conn,
+        """
+        SELECT step_id, dims, state, sum(units)::bigint AS units FROM coverage_tally WHERE pipeline_id = :pipeline
+        GROUP BY step_id, dims, state HAVING sum(units) > 0
+        """,
+        pipeline=steps[0]["pipeline_id"] if steps else None,
+    )
+    units = {(c["step_id"], c["dims"], c["state"]): c["units"] for c in counts}
+    pairs: list[Pair] = []
+    for state in _NEEDS_SOMEBODY_FIRST:
+        for s in steps:
+            here = {dims: n for (step, dims, in_state), n in units.items() if (step, in_state) == (s["id"], state)}
+            seen = sum(n for (step, dims, _), n in units.items() if (step, dims) == (s["id"], s["dims"]))
+            if state is CoverageState.WAITING and seen < (all_units := units.get((None, s["dims"], None), 0)):
+                here[s["dims"]] = here.get(s["dims"], 0) + all_units - seen  # nobody has looked at them yet
+                few = False
+            else:
+                few = sum(here.values()) <= _FEW_UNITS
+            if here and len(pairs) < limit:
+                pairs += _in_state(conn, s, state, () if few else sorted(here), limit - len(pairs))
+    return pairs
+
+
+def _in_state(
+    conn: Connection, step: Mapping[str, Any], state: CoverageState, dims: Collection[str], limit: int
+) -> list[Pair]:
+    """The first few units of a step in a state, by key: among the units of these dims; without any, of its coverage."""
+    rows = _all(
+        conn,
+        """
+        SELECT u.id FROM coverage c JOIN unit u ON u.id = c.unit_id WHERE c.step_id = :step AND c.state = :state
+        ORDER BY u.key LIMIT :limit
+        """
+        if not dims
+        else """
+        SELECT id FROM unnest(CAST(:dims AS text[])) AS d(dims) CROSS JOIN LATERAL (
+            -- Units in the order of their keys, each looked up, until there are enough: not all of them, sorted.
+            SELECT u.id, u.key FROM unit u LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (:step, u.id)
+            WHERE u.pipeline_id = :pipeline AND u.dims = d.dims AND coalesce(c.state, 'waiting') = :state
+                AND (u.dims = :own AND u.members > 0 OR c.step_id IS NOT NULL)
+            ORDER BY u.key LIMIT :limit) z
+        ORDER BY key LIMIT :limit
+        """,
+        step=step["id"],
+        pipeline=step["pipeline_id"],
+        own=step["dims"],
+        state=state,
+        dims=list(dims),
+        limit=limit,
+    )
+    return [(step["id"], r["id"]) for r in rows]
+
+
+def explain(conn: Connection, pairs: Sequence[Pair]) -> list[WhyLine]:
+    """Why these (step, unit) are as they are; those that need somebody first, as in `why`."""
     found = _rows(
         conn,
         _Situation,
@@ -241,26 +322,24 @@ def _why(conn: Connection, where: str, limit: int, **params: Any) -> list[WhyLin
             coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
             coalesce(c.reason, 'the unit is known, but was not looked at yet') AS reason,
             c.run_id AS accepted, c.due_at, c.updated_at,
-            (SELECT to_jsonb(a) FROM (SELECT {_BRIEF} FROM run r WHERE (r.step_id, r.unit_id) = (s.id, u.id)
-                AND r.state IN {_ACTIVE}) a) AS active,
+            CASE WHEN a.id IS NOT NULL THEN (SELECT to_jsonb(r) FROM (SELECT {_BRIEF} FROM run r WHERE r.id = a.id) r)
+                END AS active,
             (SELECT to_jsonb(f) FROM ({_FAILED}) f) AS failed,
             s.id AS step_id, u.id AS unit_id, s.active AS step_active,
             p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused,
             coalesce(c.paused_by, '') <> '' AS unit_paused, coalesce((SELECT b.name FROM backfill b
-                WHERE b.state = 'paused' AND b.id = coalesce(c.backfill_id, (SELECT r.backfill_id FROM run r
-                    WHERE (r.step_id, r.unit_id) = (s.id, u.id) AND r.state IN {_ACTIVE}))), '') AS paused_backfill,
+                WHERE b.state = 'paused' AND b.id = coalesce(c.backfill_id, a.backfill_id)), '') AS paused_backfill,
             p.trigger_config, s.fan_in, now() AS now
-        FROM pipeline p JOIN reduction_step s ON s.pipeline_id = p.id
-        JOIN unit u ON u.pipeline_id = p.id
+        FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
+        JOIN unit u ON u.id = q.unit_id
         LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
-        WHERE (u.dims = s.dims OR c.step_id IS NOT NULL) AND p.location_id = :loc AND p.deleted_at IS NULL
-            AND (u.members > 0 OR c.step_id IS NOT NULL) AND {where}
+        LEFT JOIN LATERAL (SELECT r.id, r.backfill_id FROM run r
+            WHERE (r.step_id, r.unit_id) = (s.id, u.id) AND r.finished_at IS NULL) a ON true
         ORDER BY array_position(CAST(:severity AS text[]), coalesce(c.state, 'waiting')), p.name, s.position, u.key
-        LIMIT :limit
         """,
         severity=[str(s) for s in _NEEDS_SOMEBODY_FIRST],
-        limit=limit,
-        **params,
+        steps=[p[0] for p in pairs],
+        units=[p[1] for p in pairs],
     )
     waiting = [s for s in found if s.why in (Why.UPSTREAM, Why.UPSTREAM_FAILED)]
     upstream = _upstream(conn, waiting)
@@ -282,6 +361,8 @@ def _upstream(
     conn: Connection, pairs: Sequence[_Situation]
 ) -> dict[tuple[int, int], tuple[int, int, list[UpstreamUnit]]]:
     """By pair: units it depends on, those not covered, and the first few of these, blocked ones before others."""
+    if not pairs:
+        return {}
     rows = _all(
         conn,
         f"""
@@ -315,6 +396,8 @@ def _upstream(
 
 def _failures(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], tuple[int, list[FailureLine]]]:
     """By pair: how many attempts failed with the digest that is wanted now, and the last few."""
+    if not pairs:
+        return {}
     rows = _all(
         conn,
         f"""
@@ -339,6 +422,8 @@ def _failures(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, 
 
 def _origins(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, int], list[UpstreamUnit]]:
     """By pair that waits for something that failed: the first few units where that began, however far up."""
+    if not pairs:
+        return {}
     rows = _all(
         conn,
         f"""
@@ -437,13 +522,17 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
     )
     revoked = package["revoked_by"] and f"revoked by {package['revoked_by']}: {package['revoked_reason']}"
     member = "SELECT unit_id FROM unit_member WHERE package_id = :package AND removed IS NULL"
-    units = _why(
+    pairs = _all(
         conn,
-        f"s.active AND u.dims = s.dims AND u.id IN ({member})",
-        limit=10_000,
+        f"""
+        SELECT s.id AS step_id, u.id AS unit_id FROM unit u JOIN pipeline p ON p.id = u.pipeline_id
+        JOIN reduction_step s ON s.pipeline_id = p.id AND s.dims = u.dims
+        WHERE p.location_id = :loc AND p.deleted_at IS NULL AND s.active AND u.id IN ({member})
+        """,
         loc=location_id,
         package=package["id"],
     )
+    units = explain(conn, [(p["step_id"], p["unit_id"]) for p in pairs])
     others = _all(
         conn,
         f"""
