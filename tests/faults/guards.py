@@ -672,7 +672,7 @@ TRIGGERS = [
     _guard(
         "a withdrawn run is no run for a cooldown",
         "wfm/gaps/facts.py",
-        " AND r.failure <> :withdrawn\n                    AND r.id IS DISTINCT FROM a.id",
+        " AND r.failure <> :withdrawn\n                AND r.id IS DISTINCT FROM a.id",
         "",
         f"{_TRIGGERS}::test_a_cooldown_counts_from_runs_that_had_a_chance",
     ),
@@ -733,4 +733,44 @@ EDITING = [
     ),
 ]
 
-MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING]
+_PREPARED, _TALLIED = "tests/integration/test_prepared.py", "tests/integration/test_tallies.py"
+
+SPEED = [
+    _guard(
+        "plans that are kept never read whole tables",
+        _STORE,
+        "SET LOCAL enable_seqscan TO {value}",
+        "SELECT 1",
+        f"{_PREPARED}::test_no_plan_reads_a_table_from_end_to_end_although_they_are_all_but_empty",
+    ),
+    _guard(
+        "plans are kept",
+        _STORE,
+        "SET plan_cache_mode TO force_generic_plan;",
+        "",
+        f"{_PREPARED}::test_plans_are_made_once_for_each_connection",
+    ),
+    _guard(
+        "the planner is asked again after look-ups by key",
+        _STORE,
+        "        self._plan(before)",
+        "        pass",
+        f"{_PREPARED}::test_the_planner_is_asked_again_afterwards",
+    ),
+    _guard(
+        "units that nobody has looked at are among the first lines of why",
+        "wfm/views/coverage.py",
+        "if state is CoverageState.WAITING and seen <",
+        "if False and seen <",
+        f"{_TALLIED}::test_the_first_lines_of_why_are_those_that_sorting_everything_gives",
+    ),
+    _guard(
+        "units that are orphaned are among the first lines of why",
+        "wfm/views/coverage.py",
+        'if (step, in_state) == (s["id"], state)}',
+        'if (step, in_state) == (s["id"], state) and dims == s["dims"]}',
+        f"{_TALLIED}::test_the_first_lines_of_why_are_those_that_sorting_everything_gives",
+    ),
+]
+
+MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING, *SPEED]
