@@ -767,6 +767,7 @@ def test_cost_is_the_median_of_the_results_that_count(conn: Connection, night: N
     assert costs[step_map] == costs[look] == views.StepCost()
     assert views.estimate(costs, {calibrate: 3}) == views.Estimate(runs=3, unknown=0, core_hours=24.0)
     assert str(views.estimate(costs, {calibrate: 3, look: 2})) == "about 24 core-hours, and 2 of unknown cost"
+    assert str(views.Estimate(runs=2, unknown=0, core_hours=4.7e-5)) == "less than 0.01 core-hours"
     assert str(views.estimate(costs, {look: 2})) == "unknown: no run of these steps has completed yet"
     assert str(views.estimate(costs, {})) == "nothing"
 

@@ -49,10 +49,12 @@ def approve(target: str | None, only_list: bool, reason: str, as_json: bool) -> 
 
 
 def _show(found: Sequence[ApprovalLine]) -> None:
+    from wfm import views
+
     columns = ("STEP", "UNITS", "CORE-HOURS", "WANTED", "SINCE", "")
     rows = [
         (
-            *(f"{a.pipeline}/{a.step}", a.units, "unknown" if a.core_hours is None else f"{a.core_hours:.3g}"),
+            *(f"{a.pipeline}/{a.step}", a.units, views.hours(a.core_hours)),
             *(a.wanted, output.when(a.since), f"{a.revoked} without a result that counts" if a.revoked else ""),
         )
         for a in found

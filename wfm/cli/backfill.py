@@ -158,7 +158,9 @@ def _check(
 
 
 def _show(found: Preview, target: str, kind: BackfillKind) -> None:
-    rows = [(x.step, x.units, "unknown" if x.core_hours is None else f"{x.core_hours:.3g}") for x in found.steps]
+    from wfm import views
+
+    rows = [(x.step, x.units, views.hours(x.core_hours)) for x in found.steps]
     output.table(("STEP", "UNITS", "CORE-HOURS"), rows, empty=f"nothing of {target} is {kind}" if kind != "all" else "")
     if found.units:
         click.echo(f"\n{output.plural(found.units, 'run')}: {found.cost}")

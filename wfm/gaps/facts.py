@@ -44,7 +44,7 @@ from wfm.model import (
 )
 from wfm.schema import UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN, Prepared, Tx, encode, result_hash
-from wfm.views.cost import step_costs
+from wfm.views.cost import about, step_costs
 
 TALLY_ROWS = 100
 """Rows of a tally that are read as they are; more are summed into one first."""
@@ -302,7 +302,7 @@ def _held(tx: Tx, r: Any, version: SoftwareVersion | None, wishes: Mapping[int, 
     if not needs_approval(wish, on_stale, limits):
         return ""
     units = f"{wish.units} unit{'' if wish.units == 1 else 's'}"
-    cost = "of unknown cost" if wish.core_hours is None else f"about {wish.core_hours:.3g} core-hours"
+    cost = "of unknown cost" if wish.core_hours is None else about(wish.core_hours)
     return f"{units}, {cost}, because {' and '.join(changed)} is wanted; {how}"
 
 

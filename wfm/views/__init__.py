@@ -26,7 +26,7 @@ from wfm.views.certificate import (
     last_night,
     waivers,
 )
-from wfm.views.cost import Estimate, StepCost, estimate, step_costs
+from wfm.views.cost import Estimate, StepCost, estimate, hours, step_costs
 from wfm.views.coverage import (
     CHANGE,
     CoverageLine,
@@ -150,6 +150,7 @@ __all__ = [
     "explain",
     "explain_pipeline",
     "find_product",
+    "hours",
     "is_before",
     "last_night",
     "lineage",

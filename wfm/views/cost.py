@@ -46,6 +46,18 @@ def step_costs(conn: Connection, steps: Collection[int]) -> dict[int, StepCost]:
     return {step: known.get(step, StepCost()) for step in steps}
 
 
+def hours(core_hours: float | None) -> str:
+    """Core-hours as people read them."""
+    if core_hours is None:
+        return "unknown"
+    return "less than 0.01" if 0 < core_hours < 0.01 else f"{core_hours:.3g}"
+
+
+def about(core_hours: float) -> str:
+    """The same within a sentence."""
+    return f"{hours(core_hours)} core-hours" if core_hours < 0.01 else f"about {hours(core_hours)} core-hours"
+
+
 class Estimate(Struct, frozen=True):
     """What some runs will take.
 
@@ -62,13 +74,13 @@ class Estimate(Struct, frozen=True):
         if self.core_hours is None:
             return "nothing" if not self.runs else "unknown: no run of these steps has completed yet"
         rest = f", and {self.unknown} of unknown cost" if self.unknown else ""
-        return f"about {self.core_hours:.3g} core-hours{rest}"
+        return about(self.core_hours) + rest
 
 
 def estimate(costs: Mapping[int, StepCost], runs: Mapping[int, int]) -> Estimate:
     """The cost of so many runs of each step (by its id), from what `step_costs` gave for these steps."""
-    known = {step: hours for step in runs if (hours := costs[step].core_hours) is not None}
+    known = {step: each for step in runs if (each := costs[step].core_hours) is not None}
     count = sum(runs.values())
     unknown = count - sum(runs[step] for step in known)
-    hours = sum(hours * runs[step] for step, hours in known.items())
-    return Estimate(count, unknown, hours if count > unknown else None)
+    total = sum(each * runs[step] for step, each in known.items())
+    return Estimate(count, unknown, total if count > unknown else None)
