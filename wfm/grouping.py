@@ -474,6 +474,7 @@ def canonical(dims: Sequence[str]) -> str:
 
 
 _SLUG_CHARACTERS = 63
+_NOT_IN_SLUGS = re.compile(r"[^a-z0-9._]+")
 
 
 def unit_key(values: Mapping[str, str | None]) -> str:
@@ -487,7 +488,7 @@ def unit_key(values: Mapping[str, str | None]) -> str:
         return "all"
     exact = sorted(values.items())
     digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()[:16]
-    slugs = (re.sub(r"[^a-z0-9._]+", "-", ("none" if v is None else v).lower()) for _, v in exact)
+    slugs = (_NOT_IN_SLUGS.sub("-", ("none" if v is None else v).lower()) for _, v in exact)
     slug = "-".join(s for s in (s.strip("-._") for s in slugs) if s)[:_SLUG_CHARACTERS]
     return f"{slug}-{digest}" if slug else digest
 

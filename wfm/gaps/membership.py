@@ -168,11 +168,15 @@ def _fold_dims(
     rules = grouping.rules_from(pipeline.rules)
     target: dict[int, tuple[str, int]] = {}
     values: dict[str, dict[str, str | None]] = {}
+    keys: dict[tuple[str | None, ...], str] = {}
     for row in tx.conn.execute(grouping.select_packages(rules, names, package_ids=ids)):
-        unit_values = dict(zip(names, row[2:], strict=True))
-        key = grouping.unit_key(unit_values)
-        values[key] = unit_values
-        target[row[0]] = (key, int(row[1]))
+        package, item, *found = row
+        key = keys.get(tuple(found))
+        if key is None:
+            unit_values = dict(zip(names, found, strict=True))
+            key = keys[tuple(found)] = grouping.unit_key(unit_values)
+            values[key] = unit_values
+        target[package] = (key, int(item))
 
     tx.run(
         _NEW_UNITS,
