@@ -773,4 +773,89 @@ SPEED = [
     ),
 ]
 
-MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING, *SPEED]
+_APPROVAL, _REVOKE = "tests/acceptance/test_approval.py", "tests/acceptance/test_revoke.py"
+_BACKFILL, _LIMITS = "tests/integration/test_backfill.py", "tests/integration/test_limits.py"
+
+COUNTING = [
+    _guard(
+        "a result that does not count is no run's input",
+        _KINDS,
+        "= (us.id, l.id) AND c.counts\n",
+        "= (us.id, l.id)\n",
+        _APPROVAL,
+        _REVOKE,
+    ),
+    _guard(
+        "a revoked result that is held does not count like one that waits for approval",
+        "wfm/decide.py",
+        "Why.REVOKED if f.revoked else Why.APPROVAL",
+        "Why.APPROVAL",
+        f"{_APPROVAL}::test_what_was_revoked_does_not_count_while_it_is_held",
+    ),
+    _guard(
+        "what a step wants is decided once for all its units",
+        "wfm/gaps/facts.py",
+        "if (r.software_version_id, r.config_revision_id) == wanted[r.step_id]}",
+        "if False}",
+        _APPROVAL,
+    ),
+    _guard(
+        "retries that are used up are inherited from a withdrawn run",
+        _STORE,
+        "CASE o.failure WHEN :withdrawn THEN o.failures END",
+        "CASE o.failure WHEN :withdrawn THEN 0 END",
+        "tests/acceptance/test_poison.py::test_what_goes_back_and_forth_makes_no_endless_retries",
+    ),
+    _guard(
+        "runs for data that have a result have a priority of their own",
+        "wfm/gaps/facts.py",
+        "r.stale_priority if _reprocessed(r) and",
+        "r.stale_priority if False and",
+        f"{_APPROVAL}::test_runs_for_data_that_have_a_result_have_a_priority_of_their_own",
+    ),
+    _guard(
+        "a backfill's limit",
+        _ROLES,
+        'Share(f"backfill {c.backfill}", runs[queue], most,',
+        'Share(f"backfill {c.backfill}", runs[queue], None,',
+        _BACKFILL,
+        _LIMITS,
+    ),
+    _guard(
+        "a backfill that is paused starts nothing",
+        _ROLES,
+        "if row.backfill_paused_by:",
+        "if False:",
+        _BACKFILL,
+    ),
+    _guard(
+        "a unit that is paused starts nothing: the admission",
+        _ROLES,
+        "if row.unit_paused_by:",
+        "if False:",
+        f"{_LIMITS}::test_a_paused_unit_lets_others_pass_until_it_is_resumed",
+    ),
+    _guard(
+        "a unit that is paused starts nothing: the decision",
+        "wfm/gaps/facts.py",
+        '("unit", r.unit_paused_by, r.unit_paused_reason),',
+        '("unit", "", ""),',
+        f"{_LIMITS}::test_a_paused_unit_lets_others_pass_until_it_is_resumed",
+    ),
+    _guard(
+        "what is revoked belongs to no unit",
+        "wfm/grouping.py",
+        "conditions = [NOT_REVOKED, *(",
+        "conditions = [*(",
+        f"{_REVOKE}::test_a_package",
+    ),
+    _guard(
+        "a campaign tells of packages that were revoked since",
+        "wfm/views/campaigns.py",
+        "WHERE k.revoked_by <> '' AND EXISTS",
+        "WHERE false AND EXISTS",
+        "tests/integration/test_campaign.py::test_a_campaign_tells_of_packages_that_were_revoked_since",
+    ),
+]
+
+MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING, *SPEED, *COUNTING]
