@@ -598,7 +598,7 @@ class Change(Struct, frozen=True):
     """What applying a document does.
 
     Attributes:
-        renamed: by new name, what it was called until now, and its steps.
+        renamed_from: what it was called until now, if that changes. renamed_steps: of its steps the same, by new name.
     """
 
     kind: str
