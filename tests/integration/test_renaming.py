@@ -18,7 +18,7 @@ from wfm.errors import DocumentError
 from wfm.gaps import evaluation
 from wfm.kinds import Stage, link_upstream
 from wfm.model import Role
-from wfm.store import TaskRow, Tx
+from wfm.store import TaskRow, Tx, result_hash
 from wfm.whatif import what_if
 
 OTHERS = pipeline(
@@ -76,6 +76,30 @@ def test_no_step_gets_another_name_while_a_job_is_built(world: World) -> None:
         with pytest.raises(OperationalError, match="lock timeout"):
             apply(swap)
     apply(swap)
+
+
+def test_a_result_is_the_same_whatever_its_step_is_called(world: World) -> None:
+    """What reads it goes by its digest: made again, it must have the same."""
+    covered(world, ONE, TWO)
+    world.apply(pipeline(renamed(ONE, "two"), renamed(TWO, "one", depends_on=["two"])))
+    with world.roles():
+        world.register(world.package("c"))
+        wait_until(lambda: world.states() == {("two", "COMPLETED"): 3, ("one", "COMPLETED"): 2})
+        world.rest()
+    identity = {s.id: s.identity for s in world.query("SELECT id, identity FROM reduction_step")}
+    assert sorted(identity.values()) == ["one", "two"]
+    for r in world.runs():
+        assert r.result == result_hash(identity[r.step_id], r.unit, r.wanted)
+
+
+def test_where_there_is_a_fault_nothing_is_renamed(world: World) -> None:
+    """Also for who goes on in the same transaction."""
+    world.pipeline("p", [ONE])
+    read = documents.load([("x", pipeline(renamed(ONE, "uno", software="nothing"), name="q", renamed_from="p"))])
+    with world.store.begin() as tx:
+        with pytest.raises(DocumentError, match="unknown software 'nothing'"):
+            documents.apply(tx.conn, read, location_id=1, actor="test")
+        assert [p["name"] for p in documents.get(tx.conn, "pipeline")] == ["p"]
 
 
 def test_an_attempt_that_is_staged_once_more_is_the_same(world: World) -> None:
