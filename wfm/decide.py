@@ -537,12 +537,16 @@ def renames(
         gone: the same of those that were removed, and whose history keeps the name.
     """
     faults: dict[str, str] = {}
-    todo: dict[str, str] = {}
+    known, wanted = {**gone, **there}, {}
     for new, old in asked:
         if new == old:
             faults[new] = f"{what} {new!r}: renamed_from is its own name; leave it out"
-        elif old in there and {**gone, **there}.get(new) != old:
-            todo[new] = old
+        elif old in there:
+            wanted[new] = old
+    todo = {new: old for new, old in wanted.items() if known.get(new) != old}
+    # What makes room now for another one is not the one that is meant.
+    while more := {new: old for new, old in wanted.items() if new not in todo and new in todo.values()}:
+        todo |= more
     becomes: dict[str, str] = {}
     for new, old in todo.items():
         if becomes.setdefault(old, new) != new:

@@ -440,19 +440,11 @@ class Engine(RuleBasedStateMachine):
         """A grouping or pipeline, one step of it, or all, each of which takes over the name of the next."""
         kind = "grouping" if what == "chosen" else "pipeline"
 
-        def read(tx: Tx) -> tuple[dict[str, Any], set[tuple[str, str]], Any]:
+        def read(tx: Tx) -> tuple[dict[str, Any], Any]:
             (document,) = documents.get(tx.conn, kind, self.called[what])
-            done = {
-                (s.name, s.renamed_from)
-                for s in tx.all(
-                    "SELECT s.name, s.renamed_from FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id"
-                    " WHERE p.name = :name",
-                    name=self.called[what],
-                )
-            }
-            return document, done, self._decided(tx)
+            return document, self._decided(tx)
 
-        document, done, before = self.act(read)
+        document, before = self.act(read)
         self.names += 1
         fresh = f"n{self.names}"
         old = [s["name"] for s in document.get("steps", ())]
@@ -465,8 +457,6 @@ class Engine(RuleBasedStateMachine):
             new[old[first]] = fresh
         else:
             new |= dict(zip(old, [*old[1:], fresh], strict=True))
-        if done & {(b, a) for a, b in new.items() if a != b}:
-            return  # the same document was applied before: it says nothing new
         for s in document.get("steps", ()):
             s["depends_on"] = [new[n] for n in s["depends_on"]]
             if new[s["name"]] != s["name"]:

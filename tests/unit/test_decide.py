@@ -128,6 +128,9 @@ def test_version_policies(policy, named, chosen, fault):
         ([("c", "b"), ("b", "a")], {"b": "a", "c": "b"}, {}),
         ([("c", "b"), ("b", "a")], {"a": "", "b": "a", "c": "b"}, {}),
         ([("a", "b")], {"b": "a"}, {"a": "b"}),
+        ([("d", "c"), ("c", "b")], {"b": "a", "c": "b"}, {"d": "c", "c": "b"}),
+        ([("e", "d"), ("d", "c"), ("c", "b")], {"b": "", "c": "b", "d": "c"}, {"e": "d", "d": "c", "c": "b"}),
+        ([("d", "c"), ("b", "a")], {"a": "", "b": "a", "c": ""}, {"d": "c"}),
     ],
 )
 def test_what_gets_another_name(asked, there, todo):
