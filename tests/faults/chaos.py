@@ -483,6 +483,7 @@ def verdict(system: System) -> dict[str, Any]:
         "jobs": report.jobs,
         "packages": report.packages,
         "unknown_outcomes": report.unknown,
+        "renames": system.names,
         "faults": dict(sorted(system.faults.items())),
         "lost": len(report.violations) - len(doubled),
         "doubled": len(doubled),

@@ -19,7 +19,7 @@ from wfm.gaps import evaluation
 from wfm.kinds import Stage, link_upstream
 from wfm.model import Role
 from wfm.store import TaskRow, Tx, result_hash
-from wfm.whatif import what_if
+from wfm.whatif import WhatIf, what_if
 
 OTHERS = pipeline(
     renamed(ONE, "uno"), renamed(TWO, "due", depends_on=["uno"]), renamed(THREE, "tre", depends_on=["due"])
@@ -131,19 +131,15 @@ def test_an_attempt_that_is_staged_once_more_is_the_same(world: World) -> None:
 def test_the_future_is_the_same_under_other_names(world: World) -> None:
     covered(world, ONE)
     world.pipeline("p", [ONE, TWO])
-    limits = (Capacity(100), Capacity(100))
-    found = what_if(
-        world.store,
-        documents.load([("x", pipeline(renamed(ONE, "uno"), {**TWO, "depends_on": ["uno"]}))]),
-        1,
-        limits=limits,
-    )
+
+    def asked(two: dict[str, Any]) -> WhatIf:
+        document = pipeline(renamed(ONE, "uno"), renamed({**two, "depends_on": ["uno"]}, "due"))
+        return what_if(world.store, documents.load([("x", document)]), 1, limits=(Capacity(100), Capacity(100)))
+
+    found = asked(TWO)
     assert (found.added, found.gone, found.shifts) == ([], [], [])
-    assert [c.renamed_steps for c in found.changes] == [{"uno": "one"}]
-    two = {**TWO, "group_by": ["source"], "depends_on": ["uno"]}
-    found = what_if(
-        world.store, documents.load([("x", pipeline(renamed(ONE, "uno"), renamed(two, "due")))]), 1, limits=limits
-    )
+    assert [c.renamed_steps for c in found.changes] == [{"uno": "one", "due": "two"}]
+    found = asked({**TWO, "group_by": ["source"]})
     assert [(r.step, r.unit.split("-")[0]) for r in found.added] == [("due", "ngc253")]
     assert [(r.step, r.unit) for r in found.gone] == [("two", "all")]
     assert {(s.step, s.units) for s in found.shifts} == {("due", 1)}
