@@ -182,10 +182,11 @@ def fill(world: World, size: int) -> None:
                 UNION ALL SELECT (SELECT n FROM filled WHERE step = 'all'), n FROM filled WHERE step = 'map'
         """,
         "runs": f"""
-            INSERT INTO run (id, location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
-                software_version_id, cpu, memory_gb, state, chart_version, finished_at, job, backend, handle)
+            INSERT INTO run (id, location_id, pipeline_id, pipeline_name, step_id, step_name, unit_id, generation,
+                wanted, result, software_version_id, cpu, memory_gb, state, chart_version, finished_at, job, backend,
+                handle)
                 OVERRIDING SYSTEM VALUE
-                SELECT f.n, 1, {pipeline}, s.id, f.n, 1, f.wanted, f.result,
+                SELECT f.n, 1, {pipeline}, 'maps', s.id, s.name, f.n, 1, f.wanted, f.result,
                 {next(iter(steps.values())).version_id}, 1, 1, 'COMPLETED', 1, now(), '{{}}', 'local', 'x'
                 FROM filled f JOIN reduction_step s ON s.name = f.step ORDER BY f.n;
             INSERT INTO coverage (step_id, unit_id, state, why, reason, wanted, run_id, result)

@@ -8,8 +8,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from wfm import plan
-from wfm.catalogue import emit, lock
+from wfm import plan, schema
+from wfm.catalogue import called_now, emit, lock
 from wfm.decide import AgainFacts, MoveFacts, not_again
 from wfm.errors import NotFoundError, RefusedError
 from wfm.events import ENTRANCES, Message, ObservationLost, PipelineChanged, WaiverChanged
@@ -110,9 +110,12 @@ def _pipeline(tx: Tx, name: str, step: str | None = None) -> Any:
     )
     if not rows:
         known = tx.all("SELECT name FROM pipeline WHERE deleted_at IS NULL ORDER BY name")
-        raise NotFoundError(unknown("pipeline", name, [p.name for p in known]))
+        now = called_now(tx.conn, schema.pipeline, name)
+        raise NotFoundError(unknown("pipeline", name, [p.name for p in known], now))
     if step and rows[0].step_id is None:
-        raise NotFoundError(f"pipeline {name!r} has no step {step!r}; see `wfm get pipeline {name}`")
+        now = called_now(tx.conn, schema.reduction_step, step, name)
+        hint = f"it is called {now!r} now" if now else f"see `wfm get pipeline {name}`"
+        raise NotFoundError(f"pipeline {name!r} has no step {step!r}; {hint}")
     return rows[0]
 
 

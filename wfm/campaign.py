@@ -14,8 +14,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from wfm import documents, gaps, grouping
-from wfm.catalogue import emit
+from wfm import documents, gaps, grouping, schema
+from wfm.catalogue import called_now, emit
 from wfm.decide import SoftwareVersion, choose_version
 from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import CampaignCreated
@@ -100,7 +100,8 @@ def _template(tx: Tx, name: str, location_id: int) -> Sequence[Any]:
     )
     found = [r for r in rows if r.name == name]
     if not found:
-        raise NotFoundError(unknown("pipeline", name, [r.name for r in rows]))
+        now = called_now(tx.conn, schema.pipeline, name)
+        raise NotFoundError(unknown("pipeline", name, [r.name for r in rows], now))
     return found
 
 

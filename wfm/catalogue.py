@@ -49,6 +49,7 @@ from wfm.schema import (
     pipeline,
     raw_data_file,
     raw_data_package,
+    reduction_step,
     source,
 )
 from wfm.store import encode, insert_events
@@ -320,6 +321,20 @@ def _entries(packages: Sequence[PackageIn], faults: list[Fault]) -> _Entries:
     return entries
 
 
+def called_now(conn: Connection, table: Table, name: str, within: str | None = None) -> str:
+    """The name of what was last renamed from `name`; empty if there is none. Of steps, in this pipeline or any."""
+    if "renamed_from" not in table.c:
+        return ""
+    found = select(table.c.name).where(table.c.renamed_from == name)
+    if table is reduction_step:
+        found = found.where(table.c.active)
+        if within is not None:
+            found = found.where(table.c.pipeline_id.in_(select(pipeline.c.id).where(pipeline.c.name == within)))
+    if table is pipeline:
+        found = found.where(table.c.deleted_at.is_(None))
+    return conn.scalar(found.order_by(table.c.id).limit(1)) or ""
+
+
 def target(column: Column[Any]) -> Table | None:
     """The table that a foreign key refers to."""
     return next((key.column.table for key in column.foreign_keys), None)
@@ -353,12 +368,14 @@ def upsert(
     rows: Sequence[Mapping[str, Any]],
     key: Sequence[str] = ("name",),
     where: ColumnElement[bool] | None = None,
+    first: Sequence[str] = (),
 ) -> list[int]:
     """Insert rows, or update those that have the same key, in one statement.
 
     Args:
         rows: by column name; all with the same columns.
         key: columns of a unique index. where: its condition, if it is partial.
+        first: columns that stay as they were first written.
 
     Returns:
         the ids of the rows, in the order of `rows`.
@@ -367,7 +384,7 @@ def upsert(
         return []
     given = records(rows, [table.c[name] for name in rows[0]])
     statement = insert(table).from_select(list(rows[0]), select(*given.c))
-    sets = {name: statement.excluded[name] for name in rows[0] if name not in key} or {
+    sets = {name: statement.excluded[name] for name in rows[0] if name not in (*key, *first)} or {
         key[0]: statement.excluded[key[0]]
     }
     written = conn.execute(

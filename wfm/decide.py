@@ -65,7 +65,7 @@ def wanted_digest(
 
     Args:
         members: digest of the unit's raw data packages. count: their number.
-        upstream: by name of the step depended on, the digest of its accepted results.
+        upstream: by identity of the step depended on, the digest of its accepted results.
         software, version: what is to run. config: hash of its parameters, empty for none.
 
     Returns:
@@ -212,7 +212,7 @@ class Upstream(Struct, frozen=True):
 
     Attributes:
         step: its name. total: units that the catalogue has. covered, blocked: of these.
-        digest: of the accepted results of the covered ones.
+        digest: of the accepted results of the covered ones. identity: what stays when the step is renamed.
     """
 
     step: str
@@ -220,6 +220,7 @@ class Upstream(Struct, frozen=True):
     covered: int
     blocked: int
     digest: int
+    identity: str = ""
 
 
 class ActiveRun(Struct, frozen=True):
@@ -509,6 +510,68 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
             due_in=min(f.settle_seconds - f.quiet_seconds, f.settle_at_most_seconds - f.settling_seconds),
         )
     return say(CoverageState.ACTIVE, Why.RUN, without(f.plan.missing) if f.plan else "", run=True)
+
+
+# --- names ---
+
+
+class Renames(Struct, frozen=True):
+    """What is to be renamed: by new name, the old one; or, by new name, why it cannot be: then nothing is."""
+
+    todo: dict[str, str]
+    faults: dict[str, str]
+
+
+def renames(
+    what: str, asked: Iterable[tuple[str, str]], there: Mapping[str, str], gone: Mapping[str, str] = {}
+) -> Renames:
+    """Which things get another name.
+
+    What was done already is not done again, however often it is asked for: so things may also exchange their names, and
+    an old name may be given to another thing later. What is called so under neither name will be new.
+
+    Args:
+        what: the kind of thing, for people.
+        asked: (new name, old name) each.
+        there: by name of each thing that there is, what it was last renamed from; empty if it never was.
+        gone: the same of those that were removed, and whose history keeps the name.
+    """
+    faults: dict[str, str] = {}
+    known, wanted = {**gone, **there}, {}
+    for new, old in asked:
+        if new == old:
+            faults[new] = f"{what} {new!r}: renamed_from is its own name; leave it out"
+        elif old in there:
+            wanted[new] = old
+    todo = {new: old for new, old in wanted.items() if known.get(new) != old}
+    # What makes room now for another one is not the one that is meant.
+    while more := {new: old for new, old in wanted.items() if new not in todo and new in todo.values()}:
+        todo |= more
+    becomes: dict[str, str] = {}
+    for new, old in todo.items():
+        if becomes.setdefault(old, new) != new:
+            faults[new] = (
+                f"{what} {new!r} and {what} {becomes[old]!r} are both renamed_from {old!r}: only one can be it"
+            )
+        elif new in there and new not in todo.values():
+            faults[new] = (
+                f"{what} {new!r} cannot be renamed_from {old!r}: there are both, and they stay two."
+                f" Leave renamed_from out, or give {old!r} a name that is free"
+            )
+        elif new in gone and new not in there:
+            faults[new] = (
+                f"{what} {old!r} cannot be called {new!r}: a {what} that was removed was called so, and its history"
+                " keeps the name. Give it another one"
+            )
+    return Renames({} if faults else todo, faults)
+
+
+def first_identity(name: str, taken: Collection[str]) -> str:
+    """What a new step is, whatever it is called later: its name, or, if another one was called so first, one like it.
+
+    The other one was renamed, or it would have this name. No step can be called like what is made here.
+    """
+    return next(i for i in (name, *(f"{name}#{n}" for n in range(2, len(taken) + 3))) if i not in taken)
 
 
 # --- the certificate of a night ---

@@ -13,7 +13,7 @@ import json
 import re
 import zoneinfo
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field, structs
 from packaging.version import InvalidVersion, Version
-from sqlalchemy import Column, ColumnElement, Connection, Table, func, or_, select, text, true, update
+from sqlalchemy import Column, ColumnElement, Connection, Table, Text, cast, func, or_, select, text, true, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects.postgresql import insert
 
 from wfm import catalogue, grouping, plan, schema, yamltext
 from wfm.catalogue import LABEL, LABEL_TEXT, PackageIn, emit, lock, target, upsert
-from wfm.decide import schedule_faults
+from wfm.decide import first_identity, renames, schedule_faults
 from wfm.errors import NotFoundError, RefusedError, UsageError
 from wfm.events import PipelineChanged
 from wfm.grouping import unknown
@@ -165,9 +165,10 @@ class Config(Struct, frozen=True, kw_only=True):
 
 
 class Grouping(Struct, frozen=True, kw_only=True):
-    """A data grouping; each rule as in `wfm.grouping.Rule` or `wfm.grouping.AnyOf`."""
+    """A data grouping; each rule as in `wfm.grouping.Rule` or `wfm.grouping.AnyOf`. `renamed_from` is its old name."""
 
     name: Label
+    renamed_from: Label | None = None
     description: str = ""
     rules: tuple[Any, ...] = ()
 
@@ -176,6 +177,7 @@ class Step(Struct, frozen=True, kw_only=True):
     """A reduction step.
 
     Attributes:
+        renamed_from: its old name; it stays what it is, with all that was made.
         fan_in: which units of the steps it depends on must be covered; complete: all, and what is planned has arrived.
         fan_in_deadline_hours: so long after the last planned end of a unit, nothing planned is waited for any more.
         cooldown_seconds: a unit runs no more often than that.
@@ -187,6 +189,7 @@ class Step(Struct, frozen=True, kw_only=True):
     """
 
     name: DirectoryName
+    renamed_from: DirectoryName | None = None
     description: str = ""
     software: str
     version: str = ""
@@ -213,10 +216,11 @@ class Pipeline(Struct, frozen=True, kw_only=True):
     """A pipeline. Where `enabled` is not given it stays as it is; so does `location` (at first, the instance's own).
 
     `weight` is its share of the slots among pipelines of equal priority; `max_in_flight` None sets no limit of its own.
-    `stale_priority`, if given, is that of runs whose raw data have a result already.
+    `stale_priority`, if given, is that of runs whose raw data have a result already. `renamed_from` is its old name.
     """
 
     name: DirectoryName
+    renamed_from: DirectoryName | None = None
     description: str = ""
     grouping: str
     location: str | None = None
@@ -456,7 +460,10 @@ def get(conn: Connection, kind: str, name: str | None = None) -> list[dict[str, 
     _known_kind(kind)
     found = _read(conn, kind, None if name is None else [name])
     if name is not None and not found:
-        raise NotFoundError(unknown(kind, name, _names(conn, kind)))
+        raise NotFoundError(_unknown(conn, kind, name))
+    for document in found.values():  # names that it had are no part of what it is
+        for thing in (document, *document.get("steps", ())):
+            thing.pop("renamed_from", None)
     return [{"kind": kind, **document} for document in found.values()]
 
 
@@ -469,6 +476,11 @@ def _names(conn: Connection, kind: str) -> list[str]:
     table = KINDS[kind].table
     there = [table.c.deleted_at.is_(None)] if "deleted_at" in table.c else []
     return list(conn.scalars(select(table.c.name).where(*there).order_by(table.c.name)))
+
+
+def _unknown(conn: Connection, kind: str, name: str, allowed: Collection[str] | None = None) -> str:
+    allowed = _names(conn, kind) if allowed is None else allowed
+    return unknown(kind, name, allowed, catalogue.called_now(conn, KINDS[kind].table, name))
 
 
 def _columns(spec: type[Struct], table: Table) -> dict[str, Column[Any]]:
@@ -583,12 +595,18 @@ class Difference(Struct, frozen=True):
 
 
 class Change(Struct, frozen=True):
-    """What applying a document does."""
+    """What applying a document does.
+
+    Attributes:
+        renamed_from: what it was called until now, if that changes. renamed_steps: of its steps the same, by new name.
+    """
 
     kind: str
     name: str
     action: Literal["create", "update", "unchanged"]
     differences: tuple[Difference, ...] = ()
+    renamed_from: str = ""
+    renamed_steps: dict[str, str] = {}
 
 
 _LISTS_BY = {"steps": "name", "versions": "version", "files": "name"}
@@ -630,7 +648,63 @@ _Planned = Mapping[tuple[str, str], Mapping[str, Any]]
 """By kind and name, what is to be; empty where it is not known."""
 
 
+class _Renamed(Struct, frozen=True):
+    """What was renamed, by new name the old one: things by kind, steps by the (new) name of their pipeline."""
+
+    things: dict[str, dict[str, str]]
+    steps: dict[str, dict[str, str]]
+    faults: list[Fault]
+
+
+def _rename(conn: Connection, documents: Documents) -> _Renamed:
+    """Give things their new names, so that all else meets them under these."""
+    done = _Renamed({}, {}, [])
+
+    def rename(
+        kind: str, at: Mapping[str, tuple[Document, Path, str | None]], *where: Any, live: Any
+    ) -> dict[str, str]:
+        asked = [(new, old) for new, (_, _, old) in at.items() if new and old]
+        if not asked:
+            return {}
+        table = schema.reduction_step if kind == "step" else KINDS[kind].table
+        rows = conn.execute(
+            select(table.c.id, table.c.name, table.c.renamed_from, live.label("live")).where(*where)
+        ).all()
+        decided = renames(
+            kind,
+            asked,
+            {r.name: r.renamed_from for r in rows if r.live},
+            {r.name: r.renamed_from for r in rows if not r.live},
+        )
+        for new, fault in decided.faults.items():
+            document, path, _ = at[new]
+            done.faults.append(document.fault((*path, "renamed_from"), fault))
+        _give_names(conn, table, {r.id: new for new, old in decided.todo.items() for r in rows if r.name == old})
+        return decided.todo
+
+    for kind, live in (("grouping", true()), ("pipeline", schema.pipeline.c.deleted_at.is_(None))):
+        named = documents.of(kind)
+        done.things[kind] = rename(kind, {n: (d, (), d.spec.renamed_from) for n, d in named.items()}, live=live)
+    step, pipeline = schema.reduction_step.c, schema.pipeline.c
+    for name, d in documents.of("pipeline").items():
+        steps = {s.name: (d, ("steps", n), s.renamed_from) for n, s in enumerate(d.spec.steps)}
+        mine = step.pipeline_id.in_(select(pipeline.id).where(pipeline.name == name))
+        done.steps[name] = rename("step", steps, mine, live=step.active)
+    return done
+
+
+def _give_names(conn: Connection, table: Table, names: Mapping[int, str]) -> None:
+    """Rename rows, by id; they may take over names of each other."""
+    if names:
+        # Names are compared row by row, so all of them make room first; nothing is called like that.
+        room = update(table).where(table.c.id.in_(names)).values(name="/" + cast(table.c.id, Text))
+        conn.execute(room)
+        new = catalogue.records([{"id": i, "name": name} for i, name in names.items()], [table.c.id, table.c.name])
+        conn.execute(update(table).where(table.c.id == new.c.id).values(name=new.c.name))
+
+
 def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_Compared]:
+    renamed = _rename(conn, documents)
     own = _own_location(conn, documents, location_id)
     compared = []
     for kind in KINDS:
@@ -646,8 +720,21 @@ def _compare(conn: Connection, documents: Documents, location_id: int) -> list[_
             new = _completed(kind, _plain(document.spec), old, own)
             differences = tuple(_differences(old, new))
             action: Literal["create", "update", "unchanged"] = "update" if differences else "unchanged"
-            compared.append(_Compared(document, old, new, Change(kind, name, action if old else "create", differences)))
-    faults = [*documents.faults, *_reference_faults(conn, documents), *_package_faults(conn, documents)]
+            change = Change(
+                kind=kind,
+                name=name,
+                action=action if old else "create",
+                differences=differences,
+                renamed_from=renamed.things.get(kind, {}).get(name, ""),
+                renamed_steps=renamed.steps.get(name, {}) if kind == "pipeline" else {},
+            )
+            compared.append(_Compared(document, old, new, change))
+    faults = [
+        *documents.faults,
+        *renamed.faults,
+        *_reference_faults(conn, documents),
+        *_package_faults(conn, documents),
+    ]
     # Of what has faults itself only the name is sure.
     planned = {(c.document.kind, c.change.name): c.new if c.document.sound else {} for c in compared}
     for kind, check in (
@@ -682,16 +769,26 @@ def _completed(kind: str, new: dict[str, Any], old: Mapping[str, Any], own: str 
         case "scheduled_observation":
             new["state"] = new["state"] or old.get("state", "planned")
             _in_utc(new)
+        case "grouping":
+            _keep_renamed_from(new, old)
         case "pipeline":
             new["location"] = new["location"] or old.get("location", own)
             new["enabled"] = old.get("enabled", True) if new["enabled"] is None else new["enabled"]
+            _keep_renamed_from(new, old)
+            before = {step["name"]: step for step in old.get("steps", ())}
             for step in new["steps"]:
+                _keep_renamed_from(step, before.get(step["name"], {}))
                 step["group_by"], step["depends_on"] = sorted(step["group_by"]), sorted(step["depends_on"])
         case "raw_data_package":
             before, observation = old.get("executed_obs_unit", {}), new["executed_obs_unit"]
             new["executed_obs_unit"] = {k: before.get(k) if v is None else v for k, v in observation.items()}
             new["instrument"] = new["instrument"] or old.get("instrument")
     return new
+
+
+def _keep_renamed_from(new: dict[str, Any], old: Mapping[str, Any]) -> None:
+    """What was done stays known also when a document says it no more."""
+    new["renamed_from"] = new["renamed_from"] or old.get("renamed_from", "")
 
 
 def _references(spec: Struct, path: Path = ()) -> Iterator[tuple[Path, str, str]]:
@@ -719,7 +816,7 @@ def _reference_faults(conn: Connection, documents: Documents) -> Iterator[Fault]
                 known[kind] = sorted({*_names(conn, kind), *documents.of(kind)})
             unsaid = not name and not document.sound  # it has a fault of its own there
             if name not in known[kind] and not unsaid and not any(name in text for text in documents.unread):
-                yield document.fault(path, unknown(kind, name, known[kind]))
+                yield document.fault(path, _unknown(conn, kind, name, known[kind]))
 
 
 def _package_faults(conn: Connection, documents: Documents) -> Iterator[Fault]:
@@ -822,7 +919,7 @@ def _pipeline_faults(conn: Connection, pipelines: Sequence[_Compared], planned: 
                 yield c.document.fault(("steps", n, "version"), message)
 
 
-_CAMPAIGN_MAY_CHANGE = {"description", "enabled", "priority"}
+_CAMPAIGN_MAY_CHANGE = {"description", "enabled", "priority", "renamed_from"}
 
 
 def _campaign_faults(conn: Connection, c: _Compared) -> Iterator[Fault]:
@@ -856,6 +953,8 @@ class Applied(Struct, frozen=True):
 def apply(conn: Connection, documents: Documents, *, location_id: int, actor: str, reason: str = "") -> Applied:
     """Make the database say what the documents say; applying the same again changes nothing.
 
+    What gets another name stays what it is: nothing that was made from it, or is to be, becomes another thing.
+
     Every pipeline that changed, or that uses something that changed, gets a ``pipeline.changed`` event.
 
     Args:
@@ -866,7 +965,8 @@ def apply(conn: Connection, documents: Documents, *, location_id: int, actor: st
             written.
     """
     lock(conn)
-    compared = _compare(conn, documents, location_id)
+    with conn.begin_nested():  # names are changed before the faults are known
+        compared = _compare(conn, documents, location_id)
     changes = [c.change for c in compared]
     for kind in KINDS:
         todo = [c for c in compared if c.document.kind == kind and c.change.action != "unchanged"]
@@ -950,11 +1050,14 @@ def _parameters_hash(parameters: Mapping[str, Any]) -> str:
 def _write_steps(conn: Connection, pipeline_id: int, steps: Sequence[Mapping[str, Any]]) -> None:
     table, edge = schema.reduction_step, schema.step_dependency
     steps = _topological(steps)
+    mine = table.c.pipeline_id == pipeline_id
+    taken = list(conn.scalars(select(table.c.identity).where(mine)))
     upstream = {name for step in steps for name in step["depends_on"]}
     rows = [
         {
             **row,
             "pipeline_id": pipeline_id,
+            "identity": first_identity(row["name"], taken),
             "position": n,
             "dims": grouping.canonical(row["group_by"]),
             "final": row["name"] not in upstream,
@@ -962,8 +1065,8 @@ def _write_steps(conn: Connection, pipeline_id: int, steps: Sequence[Mapping[str
         }
         for n, row in enumerate(_values(conn, Step, table, steps))
     ]
-    ids = dict(zip((row["name"] for row in rows), upsert(conn, table, rows, ("pipeline_id", "name")), strict=True))
-    mine = table.c.pipeline_id == pipeline_id
+    written = upsert(conn, table, rows, ("pipeline_id", "name"), first=("identity",))
+    ids = dict(zip((row["name"] for row in rows), written, strict=True))
     gone = update(table).where(mine, table.c.name.not_in(ids))
     conn.execute(gone.values(active=False, paused_by="", paused_reason=""))
     conn.execute(sql_delete(edge).where(edge.c.step_id.in_(select(table.c.id).where(mine))))
@@ -1029,7 +1132,7 @@ def delete(conn: Connection, kind: str, name: str, *, actor: str, reason: str = 
     lock(conn)
     table = KINDS[kind].table
     if name not in (names := _names(conn, kind)):
-        raise NotFoundError(unknown(kind, name, names))
+        raise NotFoundError(_unknown(conn, kind, name, names))
     i = conn.execute(select(table.c.id).where(table.c.name == name).with_for_update()).scalar_one()
     if kind == "pipeline":
         return _delete_pipeline(conn, i, name, actor, reason)

@@ -215,8 +215,14 @@ def in_order(rule: Mapping[str, Any]) -> dict[str, Any]:
     return {key: rule[key] for key in Rule.__struct_fields__ if key in rule}
 
 
-def unknown(what: str, name: object, allowed: Collection[str]) -> str:
-    """The text for a name that does not exist: the nearest one that does, and all of them if they are few."""
+def unknown(what: str, name: object, allowed: Collection[str], now: str = "") -> str:
+    """The text for a name that does not exist: the nearest one that does, and all of them if they are few.
+
+    Args:
+        now: what the thing of this name was renamed to.
+    """
+    if now:
+        return f"unknown {what} {name!r}: it is called {now!r} now"
     near = nearest(name, allowed)
     listed = "" if len(allowed) > 20 else f"; allowed: {', '.join(allowed)}" if allowed else "; there are none yet"
     return f"unknown {what} {name!r}" + (f", did you mean {near!r}?" if near else "") + listed

@@ -1,7 +1,8 @@
 """What an attempt is made of: its name, its directory, its command, its manifest. Decides; touches no file.
 
 An attempt directory, ``<base>/<pipeline>/<step>/<unit key>/r<run>-a<attempt>/``, is the tree that a container would see
-at ``/workflow``:
+at ``/workflow``. Pipeline and step are called there as they were when the run was made, so that all its attempts lie
+side by side; below it, steps are called as they were when the attempt was built, so that no two have the same name:
 
 ==========================================  ===========================================================================
 ``input/<package>/<file>``                  raw data, read-only; every file under its package, so that no path depends
@@ -60,6 +61,8 @@ class JobFacts(Struct, frozen=True):
     """All that fixes an attempt.
 
     Attributes:
+        pipeline, made_as: what the pipeline and the step were called when the run was made.
+        step: what the step was called when the attempt was built.
         final: no other step depends on this one.
         unit_key, unit_values: the unit's name in paths, and its values by dimension.
         software, version: of the reduction software.
@@ -76,6 +79,7 @@ class JobFacts(Struct, frozen=True):
     run_id: int
     attempt: int
     pipeline: str
+    made_as: str
     step: str
     final: bool
     unit_key: str
@@ -115,7 +119,8 @@ class InputProduct(Struct, frozen=True):
     """A result of an upstream step.
 
     Attributes:
-        run_id, step, unit: of the run that made it; `unit` is the unit's key.
+        run_id, unit: of the run that made it; `unit` is the unit's key.
+        step: what its step was called when the attempt that reads it was built.
         type: a `ProductType`.
         name: path below the upstream step's output directory.
         path: absolute path of the file.
@@ -282,7 +287,7 @@ def build_spec(facts: JobFacts) -> JobSpec:
         UsageError: see `attempt_directory`.
     """
     directory = attempt_directory(
-        facts.base_directory, facts.pipeline, facts.step, facts.unit_key, facts.run_id, facts.attempt
+        facts.base_directory, facts.pipeline, facts.made_as, facts.unit_key, facts.run_id, facts.attempt
     )
     command = facts.command
     if command[:1] and command[0] in _INTERPRETERS:

@@ -146,10 +146,10 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
     """All that fixes an attempt: names, software, config, resources."""
     rows = tx.all(
         """
-        SELECT r.id, r.location_id, r.attempt, p.name AS pipeline, s.name AS step, s.final, u.key, u."values",
-            sw.name AS software, sv.version, sv.command, s.environment, s.resources, r.upstream,
+        SELECT r.id, r.location_id, r.attempt, r.pipeline_name, r.step_name, s.name AS step, s.final, u.key,
+            u."values", sw.name AS software, sv.version, sv.command, s.environment, s.resources, r.upstream,
             coalesce(cr.parameters, '{}') AS parameters, r.missing
-        FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
+        FROM run r JOIN reduction_step s ON s.id = r.step_id
         JOIN unit u ON u.id = r.unit_id JOIN software_version sv ON sv.id = r.software_version_id
         JOIN software sw ON sw.id = sv.software_id LEFT JOIN config_revision cr ON cr.id = r.config_revision_id
         WHERE r.id = ANY(:ids)
@@ -161,7 +161,8 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
             location_id=r.location_id,
             run_id=r.id,
             attempt=r.attempt,
-            pipeline=r.pipeline,
+            pipeline=r.pipeline_name,
+            made_as=r.step_name,
             step=r.step,
             final=r.final,
             unit_key=r.key,
@@ -182,12 +183,21 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
 
 
 def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
-    """Fix which upstream results runs read: those that coverage rests on now, of the attempt that made them."""
+    """Fix which upstream results runs read: those that coverage rests on now, of the attempt that made them.
+
+    No step of their pipelines can be renamed until this transaction ends: the names of a job's own directory and of
+    those it reads are asked for by several statements, and must tell them apart.
+    """
+    tx.run(
+        "SELECT 1 FROM reduction_step WHERE pipeline_id IN (SELECT pipeline_id FROM run WHERE id = ANY(:ids))"
+        " ORDER BY id FOR KEY SHARE",
+        ids=list(run_ids),
+    )
     tx.run("DELETE FROM run_input WHERE run_id = ANY(:ids)", ids=list(run_ids))
     tx.run(
         f"""
-        INSERT INTO run_input (run_id, upstream_run_id, upstream_attempt)
-        SELECT r.id, c.run_id, cr.attempt
+        INSERT INTO run_input (run_id, upstream_run_id, upstream_attempt, step_name)
+        SELECT r.id, c.run_id, cr.attempt, us.name
         FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN unit u ON u.id = r.unit_id
         JOIN step_dependency d ON d.step_id = r.step_id JOIN reduction_step us ON us.id = d.upstream_id
         CROSS JOIN LATERAL ({UNITS_INSIDE}) l
@@ -263,8 +273,8 @@ def input_products(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputProduc
     """
     rows = tx.all(
         """
-        SELECT i.run_id, ur.id AS upstream_id, s.name AS step, u.key AS unit, dp.type, dp.path, dp.size, dp.checksum,
-            pc.path AS place
+        SELECT i.run_id, ur.id AS upstream_id, i.step_name AS step, u.key AS unit, dp.type, dp.path, dp.size,
+            dp.checksum, pc.path AS place
         FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id JOIN reduction_step s ON s.id = ur.step_id
         JOIN unit u ON u.id = ur.unit_id JOIN data_product dp ON dp.run_id = ur.id
             AND dp.attempt = i.upstream_attempt AND dp.type <> 'LOG'
@@ -548,7 +558,8 @@ class Purge(_Base):
         base = str(self.settings.pipeline_base_dir)
         return {
             task: [
-                attempt_directory(base, run.pipeline, run.step, run.unit, run.id, n) for n in range(1, run.attempt + 1)
+                attempt_directory(base, run.pipeline_name, run.step_name, run.unit, run.id, n)
+                for n in range(1, run.attempt + 1)
             ]
             for task, run in runs.items()
         }

@@ -539,7 +539,7 @@ class WorkflowManager(_Quiet):
             SELECT r.id, r.step_id, r.unit_id, r.wanted, s.active AND u.dims = s.dims AS part, s.fan_in,
                 u.digest, u.members, sw.name AS software, sv.version,
                 coalesce(cr.hash, '') AS config, sv.state = 'revoked' OR cr.revoked_by <> '' AS revoked,
-                us.name AS step,
+                us.identity AS step,
                 (SELECT coalesce(sum(ur.result), 0) % :modulus
                     FROM run_input i JOIN run ur ON ur.id = i.upstream_run_id
                     WHERE i.run_id = r.id AND ur.step_id = us.id) AS results

@@ -331,6 +331,7 @@ data_grouping = Table(
     Column("name", Text, nullable=False, unique=True),
     _text("description"),
     _json("rules", "[]"),
+    _text("renamed_from"),  # as last applied; tells what was done already
 )
 
 pipeline = Table(
@@ -352,6 +353,7 @@ pipeline = Table(
     _text("paused_reason"),
     _time("frozen_at"),  # a campaign: since then no package joins or leaves its units
     _time("deleted_at"),
+    _text("renamed_from"),
     _one_of("trigger_type", TriggerType),
     CheckConstraint("weight > 0 AND max_in_flight >= 1", name="share"),
 )
@@ -383,6 +385,8 @@ reduction_step = Table(
     _id(),
     _ref("pipeline_id", "pipeline"),
     _text("name", None),
+    _text("identity", None),  # its first name, or like it; goes into digests, so that the name does not
+    _text("renamed_from"),
     Column("position", Integer, nullable=False),  # topological order, from 0
     _text("description"),
     _json("group_by", "[]"),
@@ -410,6 +414,7 @@ reduction_step = Table(
     _text("paused_by"),
     _text("paused_reason"),
     UniqueConstraint("pipeline_id", "name"),
+    UniqueConstraint("pipeline_id", "identity"),
     _one_of("version_policy", VersionPolicy),
     _one_of("fan_in", FanIn),
     CheckConstraint("(fan_in = 'complete') = (fan_in_deadline_hours IS NOT NULL)", name="fan_in_deadline_hours"),
@@ -694,6 +699,8 @@ run = Table(
     _ref("location_id", "data_location"),
     _ref("pipeline_id", "pipeline", index=True),
     _ref("step_id", "reduction_step"),
+    _text("pipeline_name", None),  # as they were called when it was made: the names of its directories
+    _text("step_name", None),
     _ref("unit_id", "unit"),
     Column("generation", BigInteger, nullable=False),  # of the unit's member set: pins the raw inputs
     _text("wanted", None),
@@ -769,6 +776,7 @@ run_input = Table(
     Column("run_id", BigInteger, ForeignKey("run.id"), primary_key=True),
     Column("upstream_run_id", BigInteger, ForeignKey("run.id"), primary_key=True, index=True),
     Column("upstream_attempt", Integer, nullable=False, server_default=text("1")),  # whose products it read
+    _text("step_name", None),  # of the upstream run's step when the job was built: below it the products are placed
 )
 
 transition = Table(

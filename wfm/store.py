@@ -53,7 +53,11 @@ WITHDRAWN = "withdrawn"
 
 
 class RunRow(Struct, frozen=True, kw_only=True):
-    """A run as the roles see it: its row, and the names and rules of its step."""
+    """A run as the roles see it: its row, and the names and rules of its step.
+
+    `pipeline_name` and `step_name` are those of when it was made, of which its directories are called; `pipeline` and
+    `step` are those of today.
+    """
 
     id: int
     location_id: int
@@ -61,6 +65,8 @@ class RunRow(Struct, frozen=True, kw_only=True):
     pipeline: str
     step_id: int
     step: str
+    pipeline_name: str
+    step_name: str
     unit_id: int
     unit: str
     generation: int
@@ -143,7 +149,7 @@ class TaskEnd(Struct, frozen=True):
 _RUN_SELECT = """
 SELECT r.id, r.location_id, r.pipeline_id, p.name AS pipeline, r.step_id, s.name AS step,
        r.unit_id, u.key AS unit, r.generation, r.wanted, r.result::text AS result, r.state, r.version, r.chart_version,
-       r.attempt, r.failures, s.max_retries, r.priority, r.backfill_id,
+       r.pipeline_name, r.step_name, r.attempt, r.failures, s.max_retries, r.priority, r.backfill_id,
        extract(epoch FROM now() - r.state_since)::float AS seconds_in_state, r.waiting_for, r.job, r.backend,
        r.handle, r.failure, r.message, r.exit_code, r.wall_seconds, r.cpu_hours, r.peak_memory_gb, r.node, r.evidence
 FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
@@ -468,18 +474,20 @@ class Tx:
             """
             INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
                 software_version_id, config_revision_id, priority, backfill_id, cpu, memory_gb, missing, state,
-                chart_version, look_again_at, failures)
+                chart_version, look_again_at, failures, pipeline_name, step_name)
             SELECT location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
                 config_revision_id, priority, backfill_id, cpu, memory_gb, coalesce(missing, '[]'), :initial, :chart,
                 now() + :look * interval '1 s',
                 coalesce((SELECT CASE o.failure WHEN :withdrawn THEN o.failures END FROM run o
                     WHERE (o.step_id, o.unit_id, o.wanted) = (g.step_id, g.unit_id, g.wanted)
-                    ORDER BY o.id DESC LIMIT 1), 0)
-            FROM (SELECT g.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
+                    ORDER BY o.id DESC LIMIT 1), 0), pipeline_name, step_name
+            FROM (SELECT g.*, p.name AS pipeline_name, s.name AS step_name
+                FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
                 step_id bigint, unit_id bigint, generation bigint, wanted text, result numeric,
                 software_version_id bigint, config_revision_id bigint, priority int, backfill_id bigint, cpu float8,
                 memory_gb float8, missing jsonb)
-                JOIN pipeline p ON p.id = g.pipeline_id AND p.deleted_at IS NULL FOR SHARE OF p) g
+                JOIN pipeline p ON p.id = g.pipeline_id AND p.deleted_at IS NULL
+                JOIN reduction_step s ON s.id = g.step_id FOR SHARE OF p) g
             ON CONFLICT DO NOTHING RETURNING id, step_id, unit_id
             """,
             rows=encode(rows),
@@ -769,7 +777,7 @@ def message(row: Any) -> Message:
 
 
 def result_hash(step: str, unit: str, wanted: str) -> int:
-    """A run's term in the digest of the units that depend on it."""
+    """A run's term in the digest of the units that depend on it; `step` is the identity of its step."""
     return item_hash("result", step, unit, wanted)
 
 

@@ -17,7 +17,8 @@ from typing import TypeVar
 from msgspec import Struct
 from sqlalchemy.exc import OperationalError
 
-from wfm import documents, gaps, views
+from wfm import documents, gaps, schema, views
+from wfm.catalogue import called_now
 from wfm.decide import Capacity, MoveFacts, PendingRun, admit
 from wfm.documents import Change, Documents
 from wfm.errors import NotFoundError, UnavailableError
@@ -174,7 +175,9 @@ def _planned(tx: Tx, location_id: int, pipeline: str | None, step: str | None) -
         names = [s.step for s in steps]
         steps = [s for s in steps if s.step == step]
         if not steps:
-            raise NotFoundError(unknown("step", step, names))
+            raise NotFoundError(
+                unknown("step", step, names, called_now(tx.conn, schema.reduction_step, step, pipeline))
+            )
     found: dict[int, list[Gaps]] = {s.id: [] for s in steps}
     for r in tx.all(
         """
@@ -309,15 +312,16 @@ def _effects(tx: Tx, pipelines: Sequence[int]) -> list[StepEffect]:
 # --- other definitions ---
 
 
-_Unit = tuple[str, str, str]
-"""(pipeline, step, unit key)"""
+_Unit = tuple[int, str]
+"""(step id, unit key): a step that is renamed is the same, and ids of units are not those of the other future"""
 
 
 class _Future(Struct):
-    """By unit and wanted digest the runs; by unit the coverage (state, reason) in the end."""
+    """By unit and wanted digest the runs; by unit the coverage (state, reason) in the end; by id pipeline and step."""
 
     runs: dict[tuple[_Unit, str], RunForecast]
     coverage: Mapping[_Unit, tuple[str, str]]
+    names: Mapping[int, tuple[str, str]]
 
 
 def what_if(
@@ -427,7 +431,10 @@ def _future(
             in_time()
             runs |= _let_succeed(tx, ids, wave, scope, limit)
         wave += 1
-    return _Future(runs, _coverage(tx, location_id, scope))
+    steps = tx.all(
+        "SELECT s.id, p.name AS pipeline, s.name FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id"
+    )
+    return _Future(runs, _coverage(tx, location_id, scope), {s.id: (s.pipeline, s.name) for s in steps})
 
 
 def pairs_with(tx: Tx, location_id: int, packages: Sequence[int]) -> set[gaps.Pair]:
@@ -491,9 +498,7 @@ def _let_succeed(
         if scope is None or (r.step_id, r.unit_id) in scope:
             c = causes[i]
             waiting = admit([PendingRun(i, c.cpu, c.memory_gb)], _FREE, limit)[1].get(i, "")
-            found[(r.pipeline, r.step, r.unit), r.wanted] = RunForecast(
-                r.pipeline, r.step, r.unit, c.reason, wave, waiting
-            )
+            found[(r.step_id, r.unit), r.wanted] = RunForecast(r.pipeline, r.step, r.unit, c.reason, wave, waiting)
     return found
 
 
@@ -503,30 +508,27 @@ _FREE = Capacity(0, 0.0, 0.0)
 def _coverage(tx: Tx, location_id: int, scope: Collection[gaps.Pair] | None) -> dict[_Unit, tuple[str, str]]:
     rows = tx.all(
         """
-        SELECT c.step_id, c.unit_id, p.name AS pipeline, s.name AS step, u.key AS unit, c.state, c.reason
+        SELECT c.step_id, c.unit_id, u.key AS unit, c.state, c.reason
         FROM coverage c JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
         JOIN unit u ON u.id = c.unit_id WHERE p.location_id = :loc AND p.deleted_at IS NULL
         """,
         loc=location_id,
     )
-    return {
-        (r.pipeline, r.step, r.unit): (r.state, r.reason)
-        for r in rows
-        if scope is None or (r.step_id, r.unit_id) in scope
-    }
+    return {(r.step_id, r.unit): (r.state, r.reason) for r in rows if scope is None or (r.step_id, r.unit_id) in scope}
 
 
 def _compare(before: _Future, after: _Future, changes: list[Change], packages: Sequence[int] | None) -> WhatIf:
     added = [run for key, run in after.runs.items() if key not in before.runs]
-    instead = {(r.pipeline, r.step, r.unit) for r in added}
+    instead = {unit for unit, wanted in after.runs if (unit, wanted) not in before.runs}
     gone = []
     for (unit, wanted), run in before.runs.items():
         if (unit, wanted) not in after.runs:
             state, reason = after.coverage.get(unit, ("", "there is no such step or unit any more"))
             said = "newer input, version or config takes its place" if unit in instead else f"{state}: {reason}"
             gone.append(RunForecast(run.pipeline, run.step, run.unit, said.removeprefix(": "), run.wave))
+    names = {**before.names, **after.names}
     turned = Counter(
-        (unit[0], unit[1], b, a)
+        (*names[unit[0]], b, a)
         for unit in before.coverage.keys() | after.coverage.keys()
         if (b := before.coverage.get(unit, (None,))[0]) != (a := after.coverage.get(unit, (None,))[0])
     )

@@ -35,7 +35,7 @@ from tests.faults import proxy
 from tests.faults.bench import Bench, Victim
 from tests.faults.checker import EFFECTS, examine, restless
 from tests.harness import World, wait_until
-from wfm import migrations
+from wfm import documents, migrations
 from wfm.config import load
 from wfm.embedded import Embedded
 from wfm.model import Role
@@ -121,6 +121,7 @@ class System:
         self.packages: list[str] = []
         self.unsure: dict[str, str] = {}
         """Packages whose files changed on disk, and whose registration nobody has confirmed yet."""
+        self.names = 0
         self.faults: Counter[str] = Counter()
         self.recovering: list[Recovery] = []
         self.recovered: dict[str, list[float]] = defaultdict(list)
@@ -170,6 +171,18 @@ class System:
         for states, act in ((AT_WORK, self.world.cancel), ("('CANCELLED', 'FAILED')", self.world.retry)):
             for r in self.ask(f"SELECT id FROM run WHERE state IN {states} ORDER BY random() LIMIT 2"):
                 act(r.id)
+
+    def rename(self) -> None:
+        """People give each step the name of the next one, and the last one a new name."""
+        self.names += 1
+        with self.world.store.begin() as tx:
+            (document,) = documents.get(tx.conn, "pipeline", "chaos")
+        old = [s["name"] for s in document["steps"]]
+        new = dict(zip(old, [*old[1:], f"step{self.names}"], strict=True))
+        for s in document["steps"]:
+            depends_on = [new[n] for n in s["depends_on"]]
+            s |= {"name": new[s["name"]], "renamed_from": s["name"], "depends_on": depends_on}
+        self.world.apply(json.dumps(document))
 
     def ask(self, sql: str, **params: Any) -> list[Any]:
         """Rows; none while Postgres is away."""
@@ -420,6 +433,9 @@ def chaos(system: System, seconds: float, runs: int) -> None:
         if system.chance.random() < 0.2:
             with suppress(DBAPIError):
                 system.meddle()
+        if system.chance.random() < 0.2:
+            with suppress(DBAPIError):
+                system.rename()
         with suppress(redis.RedisError):
             system.harm(next(kinds))
         system.wait(system.chance.uniform(0.1, 1.0))
@@ -467,6 +483,7 @@ def verdict(system: System) -> dict[str, Any]:
         "jobs": report.jobs,
         "packages": report.packages,
         "unknown_outcomes": report.unknown,
+        "renames": system.names,
         "faults": dict(sorted(system.faults.items())),
         "lost": len(report.violations) - len(doubled),
         "doubled": len(doubled),

@@ -858,4 +858,145 @@ COUNTING = [
     ),
 ]
 
-MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING, *SPEED, *COUNTING]
+_NAMES, _RENAMING = "tests/integration/test_renaming.py", "tests/acceptance/test_renaming.py"
+_FACTS, _DOCUMENTS = "wfm/gaps/facts.py", "wfm/documents.py"
+
+RENAMING = [
+    _guard(
+        "the name of a step is not in the digests of what reads it",
+        _FACTS,
+        "        by_step = {u.identity: u.digest for u in upstream}\n        wanted",
+        "        by_step = {u.step: u.digest for u in upstream}\n        wanted",
+        f"{_RENAMING}::test_a_step_in_the_middle_gets_another_name_and_nothing_runs",
+        "tests/integration/test_gap_engine.py",
+    ),
+    _guard(
+        "the name of a step is not in the digest that a job is built for",
+        _ROLES,
+        "us.identity AS step,",
+        "us.name AS step,",
+        f"{_RENAMING}::test_a_run_that_is_under_way_comes_to_its_end",
+    ),
+    _guard(
+        "the name of a step is not in its results",
+        _FACTS,
+        "result_hash(r.identity, r.unit, wanted)",
+        "result_hash(r.step, r.unit, wanted)",
+        f"{_NAMES}::test_a_result_is_the_same_whatever_its_step_is_called",
+    ),
+    _guard(
+        "no decision rests on the name of its step",
+        _FACTS,
+        "ROW(s.identity, s.active",
+        "ROW(s.name, s.active",
+        f"{_NAMES}::test_nothing_that_is_covered_is_decided_again",
+    ),
+    _guard(
+        "no decision rests on the names of the steps it depends on",
+        _FACTS,
+        "string_agg(ROW(z.identity,",
+        "string_agg(ROW(z.step,",
+        f"{_NAMES}::test_nothing_that_is_covered_is_decided_again",
+    ),
+    _guard(
+        "the reason of what waits follows the names it tells",
+        _FACTS,
+        "(SELECT array_agg(us.name ORDER BY us.id) FROM",
+        "(SELECT count(*) FROM",
+        f"{_NAMES}::test_the_reason_of_a_unit_tells_the_name_of_today",
+    ),
+    _guard(
+        "a step stays what it was at first",
+        _DOCUMENTS,
+        ', first=("identity",))',
+        ")",
+        f"{_NAMES}::test_nothing_that_is_covered_is_decided_again",
+    ),
+    _guard(
+        "a new step with an old name is another one",
+        "wfm/decide.py",
+        "for n in range(2, len(taken) + 3))) if i not in taken)",
+        "for n in range(2, len(taken) + 3))))",
+        "tests/unit/test_decide.py",
+    ),
+    _guard(
+        "what was renamed already is not renamed once more",
+        "wfm/decide.py",
+        "for new, old in wanted.items() if known.get(new) != old}",
+        "for new, old in wanted.items()}",
+        f"{_RENAMING}::test_two_steps_exchange_their_names",
+        "tests/unit/test_decide.py",
+    ),
+    _guard(
+        "what makes room for another one is renamed once more",
+        "wfm/decide.py",
+        "        todo |= more",
+        "        break",
+        "tests/unit/test_decide.py",
+    ),
+    _guard(
+        "where there is a fault nothing is renamed",
+        _DOCUMENTS,
+        "with conn.begin_nested():  # names are changed before the faults are known",
+        "if True:",
+        f"{_NAMES}::test_where_there_is_a_fault_nothing_is_renamed",
+    ),
+    _guard(
+        "names stay as they are while a job is built",
+        _KINDS,
+        '" ORDER BY id FOR KEY SHARE",',
+        '" ORDER BY id",',
+        f"{_NAMES}::test_no_step_gets_another_name_while_a_job_is_built",
+    ),
+    _guard(
+        "what a job reads lies under the names of when it was built",
+        _KINDS,
+        "i.step_name AS step, u.key AS unit",
+        "s.name AS step, u.key AS unit",
+        f"{_NAMES}::test_an_attempt_that_is_staged_once_more_is_the_same",
+    ),
+    _guard(
+        "the manifest of an attempt stays the same through a rename",
+        _KINDS,
+        "pipeline=r.pipeline_name,",
+        "pipeline=tx.all('SELECT name FROM pipeline ORDER BY id')[0].name,",
+        f"{_NAMES}::test_an_attempt_that_is_staged_once_more_is_the_same",
+    ),
+    _guard(
+        "all attempts of a run lie side by side",
+        "wfm/jobs.py",
+        "facts.pipeline, facts.made_as, facts.unit_key",
+        "facts.pipeline, facts.step, facts.unit_key",
+        f"{_RENAMING}::test_two_steps_exchange_their_names",
+    ),
+    _guard(
+        "files are purged where they were made",
+        _KINDS,
+        "attempt_directory(base, run.pipeline_name, run.step_name, run.unit,",
+        "attempt_directory(base, run.pipeline, run.step, run.unit,",
+        f"{_RENAMING}::test_files_of_old_names_are_purged",
+    ),
+    _guard(
+        "logs are looked for where they were written",
+        "wfm/cli/runs.py",
+        "attempt_directory(base, run.pipeline_name, run.step_name, run.unit,",
+        "attempt_directory(base, run.pipeline, run.step, run.unit,",
+        f"{_RENAMING}::test_two_steps_exchange_their_names",
+    ),
+    _guard(
+        "events are found by what their pipeline is called now",
+        "wfm/views/ledger.py",
+        '{_asked(_PIPELINE_NOW, "pipeline")}',
+        """{_asked("e.body ->> 'pipeline'", "pipeline")}""",
+        f"{_RENAMING}::test_pipelines_and_groupings_keep_all_they_have",
+    ),
+    _guard(
+        "the futures under old and new names are compared step by step",
+        "wfm/whatif.py",
+        "found[(r.step_id, r.unit), r.wanted]",
+        "found[(r.step, r.unit), r.wanted]",
+        f"{_NAMES}::test_the_future_is_the_same_under_other_names",
+    ),
+]
+
+MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING, *SPEED, *COUNTING, *RENAMING]

@@ -973,9 +973,9 @@ def _run(conn: Connection, state: str = "COMPLETED") -> None:
         text(f"""
         WITH u AS (INSERT INTO unit (pipeline_id, dims, key) SELECT id, '[]', 'all' FROM pipeline WHERE name = 'chai'
             RETURNING id, pipeline_id)
-        INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, software_version_id, cpu,
-            memory_gb, state, chart_version, finished_at)
-        SELECT p.location_id, p.id, s.id, u.id, 1, 'w', v.id, 1, 1, '{state}', 1, {finished}
+        INSERT INTO run (location_id, pipeline_id, pipeline_name, step_id, step_name, unit_id, generation, wanted,
+            software_version_id, cpu, memory_gb, state, chart_version, finished_at)
+        SELECT p.location_id, p.id, p.name, s.id, s.name, u.id, 1, 'w', v.id, 1, 1, '{state}', 1, {finished}
         FROM u JOIN pipeline p ON p.id = u.pipeline_id
         JOIN reduction_step s ON s.pipeline_id = p.id AND s.name = 'calibrate'
         JOIN software_version v ON v.software_id = s.software_id AND v.version = '1.0.0'""")

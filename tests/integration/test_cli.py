@@ -485,8 +485,8 @@ def test_faults_with_and_without_the_database_come_together(command: str, cli: C
     )
     said = cli(command, "-f", file, more, code=2)
     assert [line.removeprefix(f"error: {tmp_path}/") for line in said.stderr.splitlines()] == [
-        "bad.yaml:3: unknown key 'groupin', did you mean 'grouping'?; allowed: kind, name, description, grouping, "
-        "location, trigger, trigger_config, enabled, priority, weight, max_in_flight, stale_priority, steps",
+        "bad.yaml:3: unknown key 'groupin', did you mean 'grouping'?; allowed: kind, name, renamed_from, description, "
+        "grouping, location, trigger, trigger_config, enabled, priority, weight, max_in_flight, stale_priority, steps",
         "bad.yaml:4: unknown grouping 'everythin', did you mean 'everything'?; allowed: everything, only-b",
         "bad.yaml:6: steps[0].max_retries: expected a whole number from 0 to 1000, got '-1'",
         "bad.yaml:6: unknown version of 'copy' '9.9.9'; allowed: 1.0.0",

@@ -49,6 +49,7 @@ class Attempt:
             run_id=42,
             attempt=1,
             pipeline="maps",
+            made_as="reduce",
             step="reduce",
             final=final,
             unit_key="all",

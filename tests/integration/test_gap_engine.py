@@ -1,10 +1,11 @@
 """The gap engine against a plain re-computation: whatever happened and whatever got lost, coverage ends the same.
 
-People, telescopes and clusters do what they like: packages come, change and move to other units, rules and configs are
-edited, versions are released and revoked, runs end well and badly, are cancelled and retried, some of what was to be
-told is deleted from the ledger, and what is told comes late, doubled and in any order. After a reconciliation, coverage
-must be what one gets by looking at everything, with dictionaries of Python in place of digests, generations and
-increments. Only the decision itself (`decide.gap`, which has tests of its own) is taken from wfm.
+People, telescopes and clusters do what they like: packages come, change and move to other units, rules and configs
+are edited, steps, pipelines and groupings renamed, versions are released and revoked, runs end well and badly, are
+cancelled and retried, some of what was to be told is deleted from the ledger, and what is told comes late, doubled
+and in any order. After a reconciliation, coverage must be what one gets by looking at everything, with dictionaries
+of Python in place of digests, generations and increments. Only the decision itself (`decide.gap`, which has tests of
+its own) is taken from wfm.
 """
 
 from __future__ import annotations
@@ -333,6 +334,8 @@ class Engine(RuleBasedStateMachine):
         self._open.callback(self.store.close)
         self.workflow = WorkflowManager(self.settings, Capacity(runs=1000))
         self.versions = ["1.0.0"]
+        self.called = {"maps": "maps", "pinned": "pinned", "chosen": "chosen"}
+        self.names = 0
         self.apply(DEFINITIONS)
 
     def teardown(self) -> None:
@@ -379,7 +382,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(rules=st.sampled_from(RULES))
     def edit_rules(self, rules: list[dict[str, Any]]) -> None:
-        self.apply(json.dumps({"kind": "grouping", "name": "chosen", "rules": rules}))
+        self.apply(json.dumps({"kind": "grouping", "name": self.called["chosen"], "rules": rules}))
 
     @rule(n=st.integers(0, 2))
     def edit_config(self, n: int) -> None:
@@ -413,33 +416,91 @@ class Engine(RuleBasedStateMachine):
         versions = [{"version": version, "command": ["copy"], "state": state}]
         self.apply(json.dumps({"kind": "software", "name": "copy", "versions": versions}))
 
-    @rule(step=st.sampled_from([None, "scan", "source"]))
-    def pause(self, step: str | None) -> None:
-        self.act(lambda tx: acts.pause(tx, "maps", step, None, ACTOR))
+    @rule(step=st.sampled_from([None, 0, 1]))
+    def pause(self, step: int | None) -> None:
+        self.act(lambda tx: acts.pause(tx, self.called["maps"], self._step(tx, step), None, ACTOR))
 
-    @rule(step=st.sampled_from([None, "scan", "source"]))
-    def resume(self, step: str | None) -> None:
-        self.act(lambda tx: acts.resume(tx, "maps", step, None, ACTOR))
+    @rule(step=st.sampled_from([None, 0, 1]))
+    def resume(self, step: int | None) -> None:
+        self.act(lambda tx: acts.resume(tx, self.called["maps"], self._step(tx, step), None, ACTOR))
+
+    def _step(self, tx: Tx, n: int | None) -> str | None:
+        """What a step of the first pipeline is called now."""
+        (document,) = documents.get(tx.conn, "pipeline", self.called["maps"])
+        return None if n is None else document["steps"][n]["name"]
 
     @rule(on=st.booleans())
     def enable(self, on: bool) -> None:
-        self.act(lambda tx: acts.set_enabled(tx, "pinned", on, ACTOR))
+        self.act(lambda tx: acts.set_enabled(tx, self.called["pinned"], on, ACTOR))
+
+    @rule(
+        which=numbers, what=st.sampled_from(["maps", "pinned", "chosen"]), how=st.sampled_from(["itself", "one", "all"])
+    )
+    def rename(self, which: int, what: str, how: str) -> None:
+        """A grouping or pipeline, one step of it, or all, each of which takes over the name of the next."""
+        kind = "grouping" if what == "chosen" else "pipeline"
+
+        def read(tx: Tx) -> tuple[dict[str, Any], Any]:
+            (document,) = documents.get(tx.conn, kind, self.called[what])
+            return document, self._decided(tx)
+
+        document, before = self.act(read)
+        self.names += 1
+        fresh = f"n{self.names}"
+        old = [s["name"] for s in document.get("steps", ())]
+        first = which % max(len(old), 1)
+        new = {n: n for n in old}
+        if how == "itself" or kind == "grouping":
+            document |= {"name": fresh, "renamed_from": self.called[what]}
+            self.called[what] = fresh
+        elif how == "one":
+            new[old[first]] = fresh
+        else:
+            new |= dict(zip(old, [*old[1:], fresh], strict=True))
+        for s in document.get("steps", ()):
+            s["depends_on"] = [new[n] for n in s["depends_on"]]
+            if new[s["name"]] != s["name"]:
+                s |= {"name": new[s["name"]], "renamed_from": s["name"]}
+        for _ in range(2):
+            self.apply(json.dumps(document))
+            assert self.act(self._decided) == before
+
+    def _decided(self, tx: Tx) -> Any:
+        """Everything that is decided, was made or is to be, under no name."""
+        return [
+            tx.all(sql)
+            for sql in (
+                "SELECT step_id, unit_id, state, why, wanted, result::text, run_id, basis, requested FROM coverage"
+                " ORDER BY 1, 2",
+                "SELECT id, state, version, wanted, pipeline_name, step_name FROM run ORDER BY 1",
+                "SELECT id, active, identity, paused_by, position, final, dims FROM reduction_step ORDER BY 1",
+                "SELECT * FROM step_dependency ORDER BY 1, 2",
+            )
+        ]
 
     @rule(trigger=st.sampled_from(["MANUAL", "CONTINUOUS"]), steps=st.integers(1, 2))
     def edit_pipeline(self, trigger: str, steps: int) -> None:
-        """Manual or not; with both of its steps or one."""
+        """Manual or not; with both of its steps or one; what these were renamed to is removed, and they are new."""
         both = [
             {"name": "check", "version_policy": "pinned", "config": "settings", "group_by": ["obs_unit"]},
             {"name": "copy", "group_by": ["obs_unit"], "depends_on": ["check"]},
         ]
         body = [{"software": "copy", "version": "1.0.0", **s} for s in both[:steps]]
         self.apply(
-            json.dumps({"kind": "pipeline", "name": "pinned", "grouping": "chosen", "trigger": trigger, "steps": body})
+            json.dumps(
+                {
+                    "kind": "pipeline",
+                    "name": self.called["pinned"],
+                    "grouping": self.called["chosen"],
+                    "trigger": trigger,
+                    "steps": body,
+                }
+            )
         )
 
     @rule()
     def trigger(self) -> None:
-        self.act(lambda tx: acts.trigger(tx, "pinned", None, None, ACTOR))
+        self.act(lambda tx: acts.trigger(tx, self.called["pinned"], None, None, ACTOR))
 
     @rule(which=numbers)
     def cancel(self, which: int) -> None:

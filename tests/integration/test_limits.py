@@ -206,8 +206,8 @@ def test_an_admission_reads_the_front_of_a_backlog_only(world, cli, analyzed):
         world.register(*packages(world, "old", 1))
         wait_until(world.runs)
     columns = (
-        "location_id, pipeline_id, step_id, generation, wanted, result, software_version_id, cpu, memory_gb, state,"
-        " chart_version"
+        "location_id, pipeline_id, pipeline_name, step_id, step_name, generation, wanted, result, software_version_id,"
+        " cpu, memory_gb, state, chart_version"
     )
     with world.store.begin() as tx:
         tx.run(

@@ -58,7 +58,8 @@ def test_what_runs_read_is_known_by_attempt_after_the_second_migration(empty):
             text(
                 "INSERT INTO run (id, location_id, pipeline_id, step_id, unit_id, generation, wanted, result,"
                 " software_version_id, cpu, memory_gb, state, chart_version, attempt, finished_at)"
-                " VALUES (5, 1, 1, 1, 1, 1, 'w', 1, 1, 1, 1, 'COMPLETED', 1, 3, now())"
+                " VALUES (5, 1, 1, 1, 1, 1, 'w', 1, 1, 1, 1, 'COMPLETED', 1, 3, now()),"
+                " (6, 1, 1, 1, 2, 1, 'w', 1, 1, 1, 1, 'COMPLETED', 1, 1, now())"
             )
         )
         conn.execute(text("INSERT INTO run_input (run_id, upstream_run_id) VALUES (6, 5)"))
@@ -96,4 +97,41 @@ def test_what_lies_in_coarse_units_is_counted_by_the_fifth_migration(empty):
         ).all()
         assert sorted(tuple(r) for r in rows[:2]) == [(1, "fine", 8, 0, 2, 0, "5"), (1, "fine", 9, 0, 0, 1, "0")]
         assert tuple(rows[2]) == (1, "fine", None, 3, 0, 0, "0")
+    engine.dispose()
+
+
+def test_what_was_made_before_keeps_its_names_after_the_twenty_first_migration(empty):
+    engine = connect(empty, "wfm")
+    with engine.begin() as conn:
+        conn.execute(text("CREATE SCHEMA wfm"))
+        command.upgrade(migrations._config("wfm", conn), "0020")
+        conn.execute(text("SET LOCAL session_replication_role = replica"))  # no foreign keys
+        conn.execute(
+            text(
+                """
+                INSERT INTO pipeline (id, name, grouping_id, location_id) VALUES (1, 'maps', 1, 1);
+                INSERT INTO reduction_step (id, pipeline_id, name, position, dims, software_id, final)
+                VALUES (1, 1, 'scan', 0, '[]', 1, false), (2, 1, 'map', 1, '[]', 1, true);
+                INSERT INTO run (id, location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
+                    software_version_id, cpu, memory_gb, state, chart_version, finished_at)
+                VALUES (5, 1, 1, 1, 1, 1, 'w', 1, 1, 1, 1, 'COMPLETED', 1, now()),
+                    (6, 1, 1, 2, 1, 1, 'w', 1, 1, 1, 1, 'COMPLETED', 1, now());
+                INSERT INTO run_input (run_id, upstream_run_id) VALUES (6, 5)
+                """
+            )
+        )
+    with engine.begin() as conn:
+        conn.execute(text("SET LOCAL session_replication_role = replica"))
+        command.upgrade(migrations._config("wfm", conn), "0021")
+        assert conn.execute(text("SELECT identity, renamed_from FROM reduction_step ORDER BY id")).all() == [
+            ("scan", ""),
+            ("map", ""),
+        ]
+        assert conn.execute(text("SELECT pipeline_name, step_name FROM run ORDER BY id")).all() == [
+            ("maps", "scan"),
+            ("maps", "map"),
+        ]
+        assert conn.execute(text("SELECT step_name FROM run_input")).scalar_one() == "scan"
+    migrations.upgrade(engine, "wfm")
+    assert migrations.differences(engine, "wfm") == []
     engine.dispose()

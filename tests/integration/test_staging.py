@@ -73,6 +73,7 @@ class Archive:
             run_id=42,
             attempt=1,
             pipeline="maps",
+            made_as="reduce",
             step="reduce",
             final=True,
             unit_key="all",

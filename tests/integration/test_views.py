@@ -118,6 +118,7 @@ class Observatory:
             schema.reduction_step,
             pipeline_id=self.pipelines[pipeline],
             name=name,
+            identity=name,
             position=len(self.steps),
             group_by=msgspec.json.decode(dims),
             dims=dims,
@@ -203,7 +204,9 @@ class Observatory:
             **{
                 "location_id": self.cologne,
                 "pipeline_id": self.pipelines[pipeline],
+                "pipeline_name": pipeline,
                 "step_id": self.steps[step],
+                "step_name": step,
                 "unit_id": self.units[unit],
                 "generation": unit_row.generation,
                 "wanted": "w",
@@ -240,7 +243,7 @@ class Observatory:
         if len(path) > 1:
             self.add(schema.task, location_id=self.cologne, kind=TaskKind.STAGE, run_id=run, state="done")
         for upstream in reads:
-            self.conn.execute(insert(schema.run_input).values(run_id=run, upstream_run_id=upstream))
+            self.conn.execute(insert(schema.run_input).values(run_id=run, upstream_run_id=upstream, step_name="x"))
         if accept:
             self.cover(step, unit, "covered", "covered", f"run {run}", run_id=run, result=1, wanted="w")
         return run
@@ -1264,9 +1267,9 @@ def test_lineage_of_a_large_diamond_is_complete(empty: Observatory) -> None:
         " SELECT :pipeline, '[\"executed_obs_unit\"]', 'e' || i, 1, 1 FROM generate_series(1, :n) i",
         """INSERT INTO unit_member (unit_id, package_id, added)
            SELECT u.id, k.id, 1 FROM unit u JOIN raw_data_package k ON k.name = 'raw-' || u.key""",
-        """INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, software_version_id, cpu,
-               memory_gb, state, chart_version, finished_at)
-           SELECT :loc, :pipeline, :step, u.id, 1, 'w', :version, 1, 1, 'COMPLETED', 1, now()
+        """INSERT INTO run (location_id, pipeline_id, pipeline_name, step_id, step_name, unit_id, generation, wanted,
+               software_version_id, cpu, memory_gb, state, chart_version, finished_at)
+           SELECT :loc, :pipeline, 'maps', :step, 'calibrate', u.id, 1, 'w', :version, 1, 1, 'COMPLETED', 1, now()
            FROM unit u WHERE u.key ~ '^e[0-9]+$'""",
         """INSERT INTO data_product (run_id, attempt, type, path, size, checksum)
            SELECT r.id, 1, t, 'workspace/calibrate/' || t, 1, 'sha256:00'

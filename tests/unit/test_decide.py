@@ -111,6 +111,60 @@ def test_version_policies(policy, named, chosen, fault):
     assert fault in why
 
 
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "todo"),
+    [
+        ([("b", "a")], {"a": ""}, {"b": "a"}),
+        ([("b", "a")], {"b": "a"}, {}),
+        ([("b", "a")], {"a": "", "b": "a"}, {}),
+        ([("b", "a")], {"b": ""}, {}),
+        ([("b", "a")], {}, {}),
+        ([("b", "a"), ("a", "b")], {"a": "", "b": ""}, {"b": "a", "a": "b"}),
+        ([("b", "a"), ("a", "b")], {"a": "b", "b": "a"}, {}),
+        ([("c", "b"), ("b", "a")], {"a": "", "b": ""}, {"c": "b", "b": "a"}),
+        ([("c", "b"), ("b", "a")], {"b": "a", "c": "b"}, {}),
+        ([("c", "b"), ("b", "a")], {"a": "", "b": "a", "c": "b"}, {}),
+        ([("a", "b")], {"b": "a"}, {"a": "b"}),
+        ([("d", "c"), ("c", "b")], {"b": "a", "c": "b"}, {"d": "c", "c": "b"}),
+        ([("e", "d"), ("d", "c"), ("c", "b")], {"b": "", "c": "b", "d": "c"}, {"e": "d", "d": "c", "c": "b"}),
+        ([("d", "c"), ("b", "a")], {"a": "", "b": "a", "c": ""}, {"d": "c"}),
+    ],
+)
+def test_what_gets_another_name(asked, there, todo):
+    assert decide.renames("step", asked, there) == decide.Renames(todo, {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "gone", "faults"),
+    [
+        ([("a", "a")], {"a": ""}, {}, {"a": "its own name"}),
+        ([("b", "a")], {"a": "", "b": ""}, {}, {"b": "there are both"}),
+        ([("b", "a"), ("c", "a")], {"a": ""}, {}, {"c": "both renamed_from 'a'"}),
+        ([("b", "a")], {"a": ""}, {"b": ""}, {"b": "was removed"}),
+        ([("b", "a"), ("y", "x"), ("z", "w")], {"a": "", "b": "", "x": "", "y": "", "w": ""}, {}, {"b": "", "y": ""}),
+    ],
+)
+def test_what_cannot_get_another_name(asked, there, gone, faults):
+    found = decide.renames("step", asked, there, gone)
+    assert found.todo == {}, "all or nothing"
+    assert found.faults.keys() == faults.keys()
+    assert all(text in found.faults[name] for name, text in faults.items())
+
+
+def test_what_was_renamed_and_removed_and_comes_back_is_not_renamed_once_more():
+    assert decide.renames("step", [("b", "a")], {"a": ""}, {"b": "a"}) == decide.Renames({}, {})
+
+
+def test_a_step_is_told_from_those_that_were_called_so_before():
+    assert decide.first_identity("a", []) == "a"
+    assert decide.first_identity("a", ["b", "a#2"]) == "a"
+    assert decide.first_identity("a", ["a"]) == "a#2"
+    assert decide.first_identity("a", ["a", "a#2", "b"]) == "a#3"
+
+
 # --- gaps ---
 
 UP = Upstream("cal", total=3, covered=3, blocked=0, digest=7)

@@ -151,7 +151,7 @@ def test_five_faults_in_one_pipeline_are_five_faults_with_their_lines() -> None:
         """,
         "chai.yaml",
     ) == [
-        "chai.yaml:4: unknown key 'triger', did you mean 'trigger'?; allowed: kind, name, description, grouping, "
+        "chai.yaml:4: unknown key 'triger', did you mean 'trigger'?; allowed: kind, name, renamed_from, description, grouping, "
         "location, trigger, trigger_config, enabled, priority, weight, max_in_flight, stale_priority, steps",
         "chai.yaml:9: steps[0].max_retries: expected a whole number from 0 to 1000, got '-1'",
         "chai.yaml:12: 'newest' is not a version such as 1.4.0",

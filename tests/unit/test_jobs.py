@@ -28,6 +28,7 @@ def facts(**changes: Any) -> JobFacts:
         run_id=42,
         attempt=3,
         pipeline="maps",
+        made_as="reduce",
         step="reduce",
         final=False,
         unit_key="ngc253-0f1e",

@@ -105,9 +105,15 @@ def apply_documents(
 def show_effect(effect: Effect, *, verbs: dict[str, str]) -> None:
     """Print what becomes of each document, field by field, and the units of the pipelines that this touches."""
     for c in effect.changes:
-        click.echo(f"{c.kind} {c.name}: {verbs[c.action]}")
+        renamed = f", renamed from {c.renamed_from}" if c.renamed_from else ""
+        click.echo(f"{c.kind} {c.name}: {verbs[c.action]}{renamed}")
+        for new, old in c.renamed_steps.items():
+            click.echo(f"  steps.{new}: renamed from {old}")
+        told = {"renamed_from"} if renamed else set()
+        told |= {f"steps.{new}.renamed_from" for new in c.renamed_steps}
         for d in c.differences if c.action == "update" else ():
-            click.echo(f"  {d.field}: {_brief(d.old)} → {_brief(d.new)}")
+            if d.field not in told:
+                click.echo(f"  {d.field}: {_brief(d.old)} → {_brief(d.new)}")
     if effect.pipelines:
         click.echo("\nunits of the pipelines that this touches, by what they are now:")
         show_coverage(effect.pipelines)

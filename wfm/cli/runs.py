@@ -224,7 +224,7 @@ def _earlier(run: RunRow, attempt: int, settings: Settings) -> JobRef:
     from wfm.jobs import attempt_directory, job_name
 
     base = str(settings.pipeline_base_dir)
-    directory = attempt_directory(base, run.pipeline, run.step, run.unit, run.id, attempt)
+    directory = attempt_directory(base, run.pipeline_name, run.step_name, run.unit, run.id, attempt)
     return JobRef(job_name(run.location_id, run.id, attempt), directory)
 
 

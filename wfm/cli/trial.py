@@ -115,10 +115,11 @@ def _inputs(tx: Tx, d: context.Deployment, pipeline: str, step: str, unit: str) 
         raise NotFoundError(f"{pipeline}/{step}: {fault}")
     ((run,),) = tx.all(
         """
-        INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
-            config_revision_id, cpu, memory_gb, state, chart_version, finished_at)
-        SELECT p.location_id, p.id, s.id, u.id, u.generation, '', 0, :version, (SELECT c.id FROM config_revision c
-            WHERE c.config_id = s.config_id ORDER BY c.revision DESC LIMIT 1), 0, 0, :state, :chart, now()
+        INSERT INTO run (location_id, pipeline_id, pipeline_name, step_id, step_name, unit_id, generation, wanted,
+            result, software_version_id, config_revision_id, cpu, memory_gb, state, chart_version, finished_at)
+        SELECT p.location_id, p.id, p.name, s.id, s.name, u.id, u.generation, '', 0, :version,
+            (SELECT c.id FROM config_revision c WHERE c.config_id = s.config_id ORDER BY c.revision DESC LIMIT 1),
+            0, 0, :state, :chart, now()
         FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
         JOIN unit u ON u.pipeline_id = p.id AND u.dims = s.dims WHERE s.id = :step AND u.key = :unit RETURNING id
         """,

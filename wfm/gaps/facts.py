@@ -61,7 +61,7 @@ class Situation(Struct, frozen=True):
 
 
 RULES = """
-SELECT s.id AS step_id, hashtextextended(ROW(s.name, s.active, s.dims, s.software_id, s.version_policy, s.version,
+SELECT s.id AS step_id, hashtextextended(ROW(s.identity, s.active, s.dims, s.software_id, s.version_policy, s.version,
         s.fan_in, s.config_id, s.config_revision_id,
         (SELECT max(id) FROM config_revision r WHERE r.config_id = s.config_id),
         (SELECT array_agg(r.id ORDER BY r.id) FROM config_revision r
@@ -69,20 +69,23 @@ SELECT s.id AS step_id, hashtextextended(ROW(s.name, s.active, s.dims, s.softwar
         (SELECT array_agg(v ORDER BY v.id) FROM software_version v WHERE v.software_id = s.software_id),
         (SELECT array_agg(d.upstream_id ORDER BY d.upstream_id) FROM step_dependency d WHERE d.step_id = s.id)
     )::text, 0) AS basis, hashtextextended(ROW(s, p, CAST(:limits AS text),
-        (SELECT max(w.approved_at) FROM step_wish w WHERE w.step_id = s.id))::text, 0) AS gates
+        (SELECT max(w.approved_at) FROM step_wish w WHERE w.step_id = s.id),
+        (SELECT array_agg(us.name ORDER BY us.id) FROM step_dependency d JOIN reduction_step us
+            ON us.id = d.upstream_id WHERE d.step_id = s.id))::text, 0) AS gates
 FROM reduction_step s JOIN pipeline p ON p.id = s.pipeline_id
 """
 """Fingerprints of what all units of a step have in common.
 
-`basis`: what decides what a unit wants, and so whether it is covered. `gates`: all of the step and its pipeline,
-limits and approvals, which decide what becomes of a unit that is not. `gap` looks at nothing else of them.
+`basis`: what decides what a unit wants, and so whether it is covered; a step's name is not in it. `gates`: all of the
+step and its pipeline, limits and approvals, which decide what becomes of a unit that is not, and the names of the steps
+it depends on, which its reason tells. `gap` looks at nothing else of them.
 """
 
 UPSTREAM = f"""
-SELECT jsonb_agg(to_jsonb(z)) AS steps, string_agg(ROW(z.step, z.total, z.covered, z.blocked, z.digest)::text, ' '
-    ORDER BY z.step) AS seen
+SELECT jsonb_agg(to_jsonb(z)) AS steps, string_agg(ROW(z.identity, z.total, z.covered, z.blocked, z.digest)::text, ' '
+    ORDER BY z.identity) AS seen
 FROM (
-    SELECT us.name AS step, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts
+    SELECT us.name AS step, us.identity, n.total, n.covered, n.blocked, n.digest::text AS digest, n.parts
     FROM step_dependency d JOIN reduction_step us ON us.id = d.upstream_id
     JOIN LATERAL ({UPSTREAM_COUNTS}) n ON true
     WHERE d.step_id = s.id) z
@@ -117,7 +120,7 @@ _SITUATIONS = Prepared(
             ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
         ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c),
     rules AS MATERIALIZED ({RULES} WHERE s.id = ANY(CAST(:steps AS bigint[])))
-    SELECT c.step_id, c.unit_id, c.requested, c.requested_for, s.name AS step, s.active AS step_active,
+    SELECT c.step_id, c.unit_id, c.requested, c.requested_for, s.name AS step, s.identity, s.active AS step_active,
         s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
         s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
         s.on_stale, s.approval_units, s.approval_core_hours,
@@ -190,7 +193,7 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
     for r in rows:
         version, fault = chosen(r.version_policy, r.named_version, r.software_id)
         upstream = tuple(msgspec.convert(z, Upstream, strict=False) for z in r.upstream or ())
-        by_step = {u.step: u.digest for u in upstream}
+        by_step = {u.identity: u.digest for u in upstream}
         wanted = ""
         if version and not _config_fault(r):
             own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
@@ -427,7 +430,7 @@ def _situation(
         if by:
             paused = f"{what} paused by {by}" + (f": {reason}" if reason else "")
             break
-    by_step = {u.step: u.digest for u in upstream}
+    by_step = {u.identity: u.digest for u in upstream}
     facts = GapFacts(
         members=r.members,
         wanted=wanted,
@@ -465,7 +468,7 @@ def _situation(
         "location_id": r.location_id,
         "generation": r.generation,
         "wanted": wanted,
-        "result": str(result_hash(r.step, r.unit, wanted)),
+        "result": str(result_hash(r.identity, r.unit, wanted)),
         "software_version_id": version.id if version else None,
         "config_revision_id": r.config_id,
         "priority": _priority(r),

@@ -26,6 +26,12 @@ from wfm.views.sql import (
     _rows,
 )
 
+_PIPELINE_NOW = """coalesce(
+    (SELECT p.name FROM run r JOIN pipeline p ON p.id = r.pipeline_id WHERE r.id = e.run_id),
+    (SELECT p.name FROM pipeline p WHERE p.id::text = e.body ->> 'pipeline_id'),
+    e.body ->> 'pipeline')"""
+"""What the pipeline of event ``e`` is called now; its body has the name of then."""
+
 
 class EventLine(Struct, frozen=True, kw_only=True):
     """A row of the ledger: one event for one recipient.
@@ -135,7 +141,8 @@ def events(
             SELECT {_EVENT_COLUMNS}, e.txid FROM event e
             WHERE (e.txid, e.id) > (CAST(:txid AS xid8), :last) AND e.txid < CAST(:horizon AS xid8)
                 AND {_asked("e.location_id", "loc", "bigint")} AND {_asked("e.run_id", "run", "bigint")}
-                AND {_asked("e.body ->> 'pipeline'", "pipeline")} AND {_asked("e.body ->> 'unit'", "unit")}
+                AND {_asked(_PIPELINE_NOW, "pipeline")}
+                AND {_asked("e.body ->> 'unit'", "unit")}
                 AND (CAST(:types AS text[]) = '{{}}' OR e.type = ANY(:types))
                 AND {_asked("e.created_at", "since", "timestamptz", ">=")}
                 AND {_asked("e.created_at", "until", "timestamptz", "<")}

@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Struct
 from sqlalchemy import Connection, text
 
-from wfm import grouping
+from wfm import grouping, schema
+from wfm.catalogue import called_now
 from wfm.errors import NotFoundError
 from wfm.model import ACTIVE_STATES
 
@@ -82,7 +83,9 @@ def _not_found(conn: Connection, what: str, name: str, names: str, **params: Any
         length=len(name),
         **params,
     )
-    raise NotFoundError(grouping.unknown(what, name, sorted(near)))
+    table = {"pipeline": schema.pipeline, "step": schema.reduction_step}.get(what)
+    now = "" if table is None else called_now(conn, table, name, params.get("pipeline"))
+    raise NotFoundError(grouping.unknown(what, name, sorted(near), now))
 
 
 def _require_location(conn: Connection, location_id: int) -> None:
