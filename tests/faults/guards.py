@@ -782,8 +782,7 @@ COUNTING = [
         _KINDS,
         "= (us.id, l.id) AND c.counts\n",
         "= (us.id, l.id)\n",
-        _APPROVAL,
-        _REVOKE,
+        f"{_TRIGGERS}::test_what_a_map_reads_is_checked_against_what_it_was_made_for",
     ),
     _guard(
         "a revoked result that is held does not count like one that waits for approval",
