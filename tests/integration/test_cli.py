@@ -533,6 +533,8 @@ def test_apply_says_what_changes_and_what_it_touches(processed: Cli, home: Path)
             "name": "bad",
             "action": "update",
             "differences": [{"field": "parameters.exit", "old": 3, "new": 4}],
+            "renamed_from": "",
+            "renamed_steps": {},
         }
     ]
     assert [(p["pipeline"], p["units"]) for p in planned["pipelines"]] == [("bad", 1)]
