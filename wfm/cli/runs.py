@@ -92,6 +92,8 @@ def list_(
 
 def _about(r: RunLine) -> str:
     """What is to be said of a run beside its state."""
+    if r.probe_of is not None and r.state is RunState.COMPLETED:
+        return f"probe of run {r.probe_of}: it passed"
     if r.state in FINAL_STATES:
         return "superseded" if r.superseded and r.state is RunState.COMPLETED else _one_line(r.message)
     return f"waits: {r.waiting_for}" if r.waiting_for else _one_line(r.message)
@@ -136,6 +138,8 @@ def _show(r: RunDetail) -> None:
             ("config", f"{r.config} revision {r.config_revision}" if r.config else ""),
             ("inputs", f"{total}: {', '.join(inputs)}{', ...' if total > len(inputs) else ''}"),
             ("without", "; ".join(map(_missing, r.partial))),
+            ("quarantined", "; ".join(f"{q.member}: {_one_line(q.reason)}" for q in r.quarantined)),
+            ("examines", f"run {r.probe_of}: {r.probe}" if r.probe else ""),
             ("asked for", f"{r.cpu:g} cores, {r.memory_gb:g} GB"),
             ("used", _used(r)),
             ("node", r.node),
@@ -468,6 +472,7 @@ def why(target: str | None, unit: str | None, package: str | None, limit: int, a
     _explain(found)
     for line in found if unit else ():
         _show_failures(line)
+        _show_quarantined(line)
 
 
 def _with_logs(tx: Tx, line: WhyLine, settings: Settings) -> WhyLine:
@@ -511,6 +516,13 @@ def _show_failures(line: WhyLine) -> None:
         for f in line.last_failures
     ]
     output.table(("RUN", "ATTEMPT", "AT", "CLASS", "EXIT CODE", "MESSAGE", "LAST LINE OF ITS LOG"), rows, empty="")
+
+
+def _show_quarantined(line: WhyLine) -> None:
+    if line.quarantined:
+        click.echo(f"\n{line.pipeline}/{line.step}: in quarantine, it is run without these:")
+        rows = [(q.member, output.when(q.at), q.run, q.probe, _one_line(q.error)) for q in line.quarantined]
+        output.table(("MEMBER", "SINCE", "FAILED RUN", "FAILED ALONE", "MESSAGE"), rows, empty="")
 
 
 def _explain(lines: Sequence[WhyLine]) -> None:
