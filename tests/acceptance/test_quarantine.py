@@ -188,7 +188,6 @@ def test_released_by_hand_by_a_version_and_by_new_content(world, cli):
             in cli("quarantine", "release", "p/map", "all", "--reason", "x", code=1).stderr
         )
         assert cli.json("events", "verify")["faults"] == []
-        world.check()
 
 
 def test_two_guilty_packages(world, cli):
@@ -204,11 +203,9 @@ def test_two_guilty_packages(world, cli):
 
         # Fewer are allowed: the first one counts.
         world.pipeline("p", [MAP])
-        c = blocked(world, "still fails without p1: no other member may be left out")
+        c = blocked(world, "without 1 quarantined: p1: exit code 3; not bisected: not more than 1 may be in quarantine")
         assert c.why == "failed"
-        assert in_quarantine(cli) == set()
-        (said,) = cli.json("why", "p/map", "all")
-        assert said["failed"]["id"] == real(world)[0].id
+        assert in_quarantine(cli) == {"p1"}
         world.check()
 
 
@@ -230,7 +227,7 @@ def test_more_are_guilty_than_may_be_left_out(world, cli):
         with_restart = len(world.runs())
         assert with_restart == n
         # Somebody retries the whole: it is looked at anew.
-        cli("runs", "retry", first.id, "--reason", "once more")
+        world.retry(first.id)
         wait_until(lambda: len(probes(world)) == 2 * (n - 2), what="another search")
         blocked(world, "bisected: it still fails without p3")
         world.check()
@@ -342,9 +339,9 @@ def test_the_certificate_and_a_campaign_miss_it(world, cli):
         cli("waive", "p/map", "all", "--until", "1d", "--reason", "cloud")
         assert cli.json("coverage", "report", night.n)["counts"]["open"] == 0
 
-        cli("campaign", "create", "dr1", "--from", "p", "--reason", "a release")
-        wait_until(lambda: world.query("SELECT 1 FROM quarantine WHERE released_at IS NULL HAVING count(*) = 2"))
-        covered(world, 2)
+        cli("campaign", "create", "dr1", "--pipeline", "p", "--reason", "a release")
+        wait_until(lambda: len(real(world)) == 4, what="the rest of the campaign")
+        world.rest()
         found = cli.json("campaign", "show", "dr1")
         assert (found["complete"], [(m["why"], m["units"]) for m in found["missing"]]) == (False, [("quarantined", 1)])
         assert "p2" in found["missing"][0]["example"]["reason"]
@@ -377,22 +374,28 @@ def test_a_search_is_paused_and_gives_way_to_new_data(world, cli):
         assert len(world.runs()) == 1
         cli("resume", "p")
         wait_until(lambda: probes(world), what="a probe")
-        cli("pause", "p")
-        wait_until(lambda: [r for r in probes(world) if r.state == "COMPLETED"] or len(probes(world)) == 2, what="one")
+        (line,) = cli.json("why", "p/map", "all")
+        (first, *_) = probes(world)
+        assert (line["state"], line["why"]) == ("active", "bisecting")
+        assert line["reason"] == f"run {first.id}: probe 1, members 1 to 2 of 4, because run 1 failed: exit code 3"
         world.register(world.package("p5"))
-        cli("resume", "p")
         covered(world)
         assert read(world, real(world)[-1].id) == {"p1", "p3", "p4", "p5"}
+        assert all(p.probe["members"] == 5 for p in probes(world) if p.id > first.id)
         world.check()
 
 
 def test_a_cancelled_probe_ends_the_search(world, cli):
-    world.config("c", chokes_on=POISON)
+    world.config("c", chokes_on=POISON, seconds=0.5)
     world.pipeline("p", [MAP])
     observe(world, 4, p2="POISON\n")
     with world.roles():
-        wait_until(lambda: [r.state for r in world.runs()][:1] == ["FAILED"] and probes(world), what="it searches")
-        cli("pause", "p/map")
-        world.register(world.package("p5"))  # a search that begins anew when the pipeline goes on
-        wait_until(lambda: not [r for r in world.runs() if r.finished_at is None], what="quiet")
-        assert world.coverage()["map", "all"].why == "paused"
+        wait_until(lambda: [r.state for r in probes(world)] == ["RUNNING"], what="it searches")
+        (probe,) = probes(world)
+        world.cancel(probe.id)
+        c = blocked(world, "bisected in 1 probe: run")
+        assert f"run {probe.id} says nothing of its members: cancelled by" in c.reason
+        world.retry(1)
+        covered(world)
+        assert in_quarantine(cli) == {"p2"}
+        world.check()
