@@ -804,6 +804,7 @@ quarantine = Table(
     _text("released_by"),
     _text("released_reason"),
     CheckConstraint("num_nonnulls(package_id, member_id) = 1", name="one_thing"),
+    Index("ix_quarantine_unreleased", "step_id", "unit_id", postgresql_where=text("released_at IS NULL")),
     Index(
         "uq_quarantine_package",
         *("step_id", "unit_id", "package_id", "content", "software_version_id", "config"),

@@ -280,6 +280,39 @@ def test_where_none_is_looked_for_it_is_said_that_one_could_be(world, cli):
         wait_until(lambda: world.coverage()["map", "all"].state == "covered", what="covered")
         world.rest()
         assert in_quarantine(cli) == {"p1"}
+        # A probe of the other one wanted the same, and passed; but it is no result.
+        rest, passed = real(world)[-1], probes(world)[-1]
+        assert (passed.wanted, passed.state) == (rest.wanted, "COMPLETED")
+        assert world.coverage()["map", "all"].run_id == rest.id
+
+
+def test_what_fails_in_a_probe_is_not_repeated(world, cli):
+    world.config("c", chokes_on=POISON)
+    world.pipeline("p", [{**MAP, "max_retries": 1}])
+    observe(world, 2, p2="POISON\n")
+    with world.roles():
+        covered(world)
+        assert [(r.state, r.attempt) for r in world.runs()] == [
+            ("FAILED", 2),
+            ("COMPLETED", 1),
+            ("FAILED", 1),
+            ("COMPLETED", 1),
+        ]
+        assert in_quarantine(cli) == {"p2"}
+        world.check()
+
+
+def test_reconciliation_finds_what_was_released(world, cli):
+    world.config("c", chokes_on=POISON)
+    world.pipeline("p", [MAP])
+    observe(world, 2, p2="POISON\n")
+    with world.roles():
+        covered(world)
+    # By somebody who told nobody.
+    world.query("UPDATE quarantine SET released_at = now(), released_reason = 'no reason' RETURNING id")
+    with world.roles():  # which compare with the whole catalogue when they start
+        blocked(world, "run 1: exit code 3; bisected: no reason")
+        assert in_quarantine(cli) == set()
 
 
 SCANS = [

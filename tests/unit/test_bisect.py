@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from wfm.decide import ActiveRun, AgainFacts, EndedRun, GapFacts, Look, Search, Tried, bisect, gap, not_again
+from wfm.decide import ActiveRun, AgainFacts, EndedRun, GapFacts, Look, Search, Tried, Upstream, bisect, gap, not_again
+from wfm.gaps.quarantine import Inputs, Member
 from wfm.model import CoverageState, FailureClass, Probe, RunState, TriggerType, Why
 
 
@@ -158,6 +159,25 @@ def test_what_is_left_out_is_said_of_runs_and_results():
     assert (d.reason, d.covered_by) == ("run 20 without 1 quarantined: a", 20)
     d = gap(structs.replace(FACTS, ended=None, search=None, quarantined=("a",)))
     assert (d.run, d.reason) == (True, " without 1 quarantined: a")
+
+
+def test_members_that_are_others_than_the_digest_says_are_not_searched():
+    a, b = (Member(id=i, name=str(i), item=i) for i in (1, 2))
+    assert Inputs(3, 2, ()).made_of([a, b])
+    assert not Inputs(4, 2, ()).made_of([a, b]), "one has other content"
+    assert not Inputs(3, 2, ()).made_of([a]), "one is missing"
+
+    def part(digest, covered=1):
+        return Upstream(step="scan", total=1, covered=covered, blocked=0, digest=digest)
+
+    whole = Inputs(9, 9, (Upstream("scan", 3, 2, 0, 3), Upstream("same", 1, 1, 0, 7)))
+    units = [Member(id=i, name=str(i), dims="x", upstream=(part(i),)) for i in (1, 2)]
+    assert whole.made_of(units), "one has no result yet: that step takes those that are there"
+    assert not whole.made_of(units[:1])
+    assert not whole.made_of([units[0], Member(id=2, name="2", dims="x", upstream=(part(5),))])
+    left = whole.without(units[:1])
+    assert (left.items, left.members) == (9, 9)
+    assert left.upstream == (Upstream("scan", 2, 1, 0, 2), Upstream("same", 1, 1, 0, 7))
 
 
 def test_a_probe_is_not_repeated_by_hand():

@@ -92,11 +92,12 @@ def list_(
 
 def _about(r: RunLine) -> str:
     """What is to be said of a run beside its state."""
-    if r.probe_of is not None and r.state is RunState.COMPLETED:
-        return f"probe of run {r.probe_of}: it passed"
     if r.state in FINAL_STATES:
-        return "superseded" if r.superseded and r.state is RunState.COMPLETED else _one_line(r.message)
-    return f"waits: {r.waiting_for}" if r.waiting_for else _one_line(r.message)
+        passed = "passed" if r.probe_of else "superseded" if r.superseded else ""
+        said = passed if r.state is RunState.COMPLETED else _one_line(r.message)
+    else:
+        said = f"waits: {r.waiting_for}" if r.waiting_for else _one_line(r.message)
+    return ": ".join(filter(None, (f"probe of run {r.probe_of}" if r.probe_of else "", said)))
 
 
 def _one_line(text: str) -> str:
@@ -259,7 +260,7 @@ def print_from(path: Path, start: int, *, err: bool = False) -> int:
 
 
 class Change(Struct, frozen=True):
-    """A run that entered a state."""
+    """A run that entered a state. `probe_of`: the failed run that it examines; None of other runs."""
 
     id: int
     pipeline: str
@@ -269,6 +270,7 @@ class Change(Struct, frozen=True):
     attempt: int
     at: datetime
     message: str
+    probe_of: int | None = None
 
 
 @runs.command()
@@ -288,7 +290,8 @@ def watch(run_id: int | None, as_json: bool) -> None:
     with context.deployment() as d:
         for c in _one(d, run_id) if run_id else _all(d):
             seen = True
-            if c.state in FINAL_STATES:
+            # That a part of a unit fails is what a search is to find out: for who asks about all, no failure of its own.
+            if c.state in FINAL_STATES and c.probe_of is None:
                 (unhappy.discard if c.state is RunState.COMPLETED else unhappy.add)(c.id)
             if as_json:
                 output.line(c)
@@ -343,7 +346,8 @@ def _all(d: context.Deployment) -> Iterator[Change]:
         for r in reversed(found):
             if seen.get(r.id) != r.version:
                 seen[r.id] = r.version
-                yield Change(r.id, r.pipeline, r.step, r.unit, r.state, r.attempt, r.state_since, _about(r))
+                said = _about(r)
+                yield Change(r.id, r.pipeline, r.step, r.unit, r.state, r.attempt, r.state_since, said, r.probe_of)
         if nothing_left:
             return
         time.sleep(LOOK_SECONDS)

@@ -139,10 +139,15 @@ FROM data_product d JOIN run r ON r.id = d.run_id WHERE d.revoked_by <> '' AND r
 """
 """The digests whose results must not be used, of units of step ``s``."""
 
+IN_QUARANTINE = """
+SELECT step_id, unit_id, string_agg(id::text, ' ' ORDER BY id) AS rows FROM quarantine
+WHERE released_at IS NULL AND step_id = ANY(CAST(:steps AS bigint[])) GROUP BY step_id, unit_id
+"""
+"""What was not released, of all units of some steps: few have any."""
+
 FINGERPRINTS = """
-hashtextextended(ROW(rules.basis, u.generation, up.seen, rv.digests,
-    (SELECT string_agg(w.id::text, ' ' ORDER BY w.id) || ' of ' || s.quarantine_at_most FROM quarantine w
-        WHERE (w.step_id, w.unit_id) = (s.id, u.id) AND w.released_at IS NULL))::text, 0) AS basis,
+hashtextextended(ROW(rules.basis, u.generation, up.seen, rv.digests)::text
+    || coalesce(' without ' || qu.rows || ' of ' || s.quarantine_at_most, ''), 0) AS basis,
 hashtextextended(ROW(rules.gates, c.requested, c.paused_by, c.paused_reason, b)::text, 0) AS gates
 """
 """Of one pair: all facts that `gap` looks at, except runs, whose moves write coverage, and time, for which it is due.
@@ -165,7 +170,8 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
             JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
                 ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
             ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c),
-        rules AS MATERIALIZED ({RULES} WHERE s.id = ANY(CAST(:steps AS bigint[])))
+        rules AS MATERIALIZED ({RULES} WHERE s.id = ANY(CAST(:steps AS bigint[]))),
+        qu AS MATERIALIZED ({IN_QUARANTINE})
         SELECT c.step_id, c.unit_id, c.requested, c.requested_for, s.name AS step, s.active AS step_active,
             s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
             s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
@@ -193,7 +199,7 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
             extract(epoch FROM now() - c.settling_since)::float AS settling_seconds,
             CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
                 WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.failure <> :withdrawn
-                    AND r.probe_of IS NULL AND r.id IS DISTINCT FROM a.id))::float END AS since_last_run,
+                    AND r.id IS DISTINCT FROM a.id AND r.probe_of IS NULL))::float END AS since_last_run,
             up.steps AS upstream, {FINGERPRINTS}
         FROM c JOIN rules ON rules.step_id = c.step_id
         JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
@@ -211,6 +217,7 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
             ORDER BY revision DESC LIMIT 1) cr ON true
         LEFT JOIN LATERAL ({UPSTREAM}) up ON true
         LEFT JOIN LATERAL ({REVOKED} AND r.unit_id = c.unit_id GROUP BY r.unit_id) rv ON true
+        LEFT JOIN qu ON (qu.step_id, qu.unit_id) = (c.step_id, c.unit_id)
         """,
         steps=[p[0] for p in pairs],
         units=[p[1] for p in pairs],
@@ -240,14 +247,9 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
         wanted = _digest(r, version, revoked[pair], inputs) if version and not _config_fault(r) else ""
         known[pair] = (r, version, fault, inputs, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
-    failed = {
-        pair: e
-        for pair, e in ended.items()
-        if e.of_data
-        and (r := known[pair][0]).quarantine_at_most
-        and not (r.active_id and r.active_wanted == known[pair][4])
-    }
-    among = suspects(tx, failed, {pair: known[pair][0].quarantine_at_most for pair in failed}, aside)
+    failed = {pair: e for pair, e in ended.items() if e.of_data and _may_search(*known[pair])}
+    most = {pair: known[pair][0].quarantine_at_most for pair in failed}
+    among = suspects(tx, failed, most, aside, {pair: known[pair][3] for pair in failed})
     plans = _plans(tx, [(r.step_id, r.unit_id) for r in rows if r.fan_in == FanIn.COMPLETE])
     wishes = _wishes(tx, {r.step_id: (v.id, r.config_id) for r, v, _, _, wanted in known.values() if wanted and v})
 
@@ -277,6 +279,11 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
 
 def _runs(m: Quarantined) -> tuple[int, str]:
     return m.software_version_id, m.config
+
+
+def _may_search(r: Any, _version: Any, _fault: str, _inputs: Inputs, wanted: str) -> bool:
+    """Whether members of a failed unit may be left out, and no run of it is on its way that goes on all the same."""
+    return bool(r.quarantine_at_most) and not (r.active_id and r.active_wanted == wanted)
 
 
 def _digest(r: Any, version: SoftwareVersion, revoked: Collection[str], inputs: Inputs) -> str:

@@ -94,6 +94,13 @@ class Inputs(Struct, frozen=True):
             tuple(_less(u, parts[u.step]) for u in self.upstream),
         )
 
+    def made_of(self, members: Sequence[Member]) -> bool:
+        """Whether there is nothing but these members, of their kind."""
+        rest, steps = self.without(members), {u.step for m in members for u in m.upstream}
+        if not steps:
+            return (rest.items, rest.members) == (0, 0)
+        return not any(u.digest or u.covered for u in rest.upstream if u.step in steps)
+
 
 def _less(whole: Upstream, parts: Sequence[Upstream]) -> Upstream:
     return Upstream(
@@ -161,13 +168,18 @@ class Suspects(Struct, frozen=True):
 
 
 def suspects(
-    tx: Tx, failed: Mapping[Pair, EndedRun], most: Mapping[Pair, int], aside: Mapping[Pair, Sequence[Quarantined]]
+    tx: Tx,
+    failed: Mapping[Pair, EndedRun],
+    most: Mapping[Pair, int],
+    aside: Mapping[Pair, Sequence[Quarantined]],
+    inputs: Mapping[Pair, Inputs],
 ) -> dict[Pair, Suspects]:
     """By pair that failed on data: among what the guilty member is, and what the search has found.
 
     Args:
         failed: the run that failed with what the pair wants. most: how many members may be left out.
-        aside: what is left out already.
+        aside: what is left out already. inputs: all else that the digest is made of. Where the members are others by
+            now, for they are asked for later, there is no search yet: whoever changed them has the pair decided again.
     """
     if not failed:
         return {}
@@ -185,6 +197,8 @@ def suspects(
         run = runs[ended.id]
         left_out = {(m.dims, m.id) for m in aside[pair]}
         among = [m for m in members[pair] if (m.dims, m.id) not in left_out]
+        if not inputs[pair].made_of(among):
+            continue
         found[pair] = Suspects(
             run=run.id,
             version=run.version,

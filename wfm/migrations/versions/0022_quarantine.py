@@ -57,6 +57,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_quarantine")),
     )
     op.create_index(op.f("ix_quarantine_run_id"), "quarantine", ["run_id"])
+    op.create_index(
+        "ix_quarantine_unreleased",
+        "quarantine",
+        ["step_id", "unit_id"],
+        postgresql_where=sa.text("released_at IS NULL"),
+    )
     for member in ("package", "member"):
         op.create_index(
             f"uq_quarantine_{member}",
