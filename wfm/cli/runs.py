@@ -290,7 +290,7 @@ def watch(run_id: int | None, as_json: bool) -> None:
     with context.deployment() as d:
         for c in _one(d, run_id) if run_id else _all(d):
             seen = True
-            # That a part of a unit fails is what a search is to find out: for who asks about all, no failure of its own.
+            # That a part of a unit fails is what a search is to find out: no failure of its own.
             if c.state in FINAL_STATES and c.probe_of is None:
                 (unhappy.discard if c.state is RunState.COMPLETED else unhappy.add)(c.id)
             if as_json:
