@@ -55,7 +55,7 @@ def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor, in_time: Callable[[], 
     return done
 
 
-_NOTHING_TO_ASK = (Why.RUN, Why.FAILED, Why.CANCELLED, Why.NO_VERSION)
+_NOTHING_TO_ASK = (Why.RUN, Why.BISECTING, Why.FAILED, Why.CANCELLED, Why.NO_VERSION)
 """Gaps that a firing does not ask for: when new input or a new version lets them run, that waits for the next one."""
 
 
