@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import wait_until
+from tests.harness import ACTOR, wait_until
 from tests.integration.test_cli import Cli
+from wfm import gaps
 
 
 @pytest.fixture
@@ -397,7 +398,7 @@ def test_on_request_only_the_search_and_the_rest_belong_to_what_was_asked(world,
 
 
 def test_a_search_is_paused_and_gives_way_to_new_data(world, cli):
-    world.config("c", chokes_on=POISON, seconds=0.5)
+    world.config("c", chokes_on=POISON, seconds=1)
     world.pipeline("p", [MAP])
     observe(world, 4, p2="POISON\n")
     with world.roles():
@@ -407,8 +408,11 @@ def test_a_search_is_paused_and_gives_way_to_new_data(world, cli):
         assert len(world.runs()) == 1
         cli("resume", "p")
         wait_until(lambda: probes(world), what="a probe")
+        (first,) = probes(world)
+        assert first.finished_at is None
+        # Looked at once more, it is still what the unit needs.
+        world.act(lambda tx: gaps.evaluate(tx, [(first.step_id, first.unit_id)], ACTOR))
         (line,) = cli.json("why", "p/map", "all")
-        (first, *_) = probes(world)
         assert (line["state"], line["why"]) == ("active", "bisecting")
         assert line["reason"] == f"run {first.id}: probe 1, members 1 to 2 of 4, because run 1 failed: exit code 3"
         world.register(world.package("p5"))

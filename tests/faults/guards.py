@@ -813,7 +813,7 @@ QUARANTINE = [
         _FACTS,
         "CASE WHEN a.probe_of IS NULL THEN a.wanted ELSE",
         "CASE WHEN true THEN a.wanted ELSE",
-        f"{_QUARANTINE}::test_a_cancelled_probe_ends_the_search",
+        f"{_QUARANTINE}::test_a_search_is_paused_and_gives_way_to_new_data",
     ),
     _guard(
         "a run that fails once more is searched anew",
