@@ -52,6 +52,10 @@ if p.get("exit") or m["unit"]["key"] in p.get("exit_for", []):
     sys.exit(p.get("exit", 3))
 inputs = [i["path"] for i in m["input_files"] + m["input_products"]]
 text = "".join(open(i).read() for i in sorted(inputs))
+for word, times in p.get("chokes_on", {{}}).items():
+    if text.count(word) >= times:
+        print("this software does not like so much", word, file=sys.stderr)
+        sys.exit(3)
 out = os.environ["WORKFLOW_OUTPUT_DIR"]
 if m["step"]["is_final"]:
     out = os.path.join(out, "science")

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from wfm import plan, schema
+from wfm import gaps, plan, schema
 from wfm.catalogue import called_now, emit, lock
 from wfm.decide import AgainFacts, MoveFacts, not_again
 from wfm.errors import NotFoundError, RefusedError
@@ -18,6 +18,7 @@ from wfm.model import Actor, Role, RunState
 from wfm.roles import next_attempt
 from wfm.store import Move, RunRow, Tx, encode
 from wfm.views.approvals import HELD, ApprovalLine, approvals
+from wfm.views.quarantine import MEMBER
 
 
 class Moved(Struct, frozen=True):
@@ -75,7 +76,7 @@ def _again(tx: Tx, ids: Sequence[int], trigger: str, begin: RunState, actor: Act
         for r in tx.all(
             """
             SELECT r.id, s.active AND p.deleted_at IS NULL AS part, c.wanted IS NOT DISTINCT FROM r.wanted AS newest,
-                a.id AS active, r.exit_code, EXISTS (SELECT 1 FROM task t WHERE t.run_id = r.id
+                a.id AS active, r.exit_code, r.probe_of, EXISTS (SELECT 1 FROM task t WHERE t.run_id = r.id
                     AND t.attempt = r.attempt AND t.kind = 'purge' AND t.state <> 'closed') AS purged
             FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
             LEFT JOIN run a ON (a.step_id, a.unit_id) = (r.step_id, r.unit_id) AND a.id <> r.id
@@ -85,7 +86,7 @@ def _again(tx: Tx, ids: Sequence[int], trigger: str, begin: RunState, actor: Act
             """,
             ids=list(runs),
         )
-        if (reason := not_again(AgainFacts(r.part, r.newest, r.active, r.exit_code, r.purged), begin))
+        if (reason := not_again(AgainFacts(r.part, r.newest, r.active, r.exit_code, r.purged, r.probe_of), begin))
     }
     moves = []
     for i, run in runs.items():
@@ -265,6 +266,83 @@ def approve(tx: Tx, location_id: int, pipeline: str, step: str | None, actor: Ac
     what = "; ".join(f"{a.units} units of {a.step} with {a.wanted}" for a in held)
     _tell(tx, row, Actor(actor.name, f"approved: {what}: {actor.reason}"))
     return held
+
+
+# --- quarantine ---
+
+
+class Released(Struct, frozen=True):
+    """Members that were in quarantine and are used again.
+
+    Attributes:
+        members: their names. retried: the run with the whole input that begins another attempt, None if another run
+            does what is to be done. refused: why it did not; empty if nothing was refused.
+    """
+
+    members: list[str]
+    retried: int | None
+    refused: str = ""
+
+
+def release_quarantine(tx: Tx, pipeline: str, step: str, unit: str, member: str | None, actor: Actor) -> Released:
+    """Use members of a unit again that were left out since it failed on them, and try it with them.
+
+    The run that failed with them begins another attempt, so that they are looked for anew should it fail again.
+
+    Args:
+        member: name of a package or key of a finer unit; None for all of the unit.
+
+    Raises:
+        NotFoundError: no such pipeline, step, unit, or no such member in quarantine there.
+        RefusedError: nothing of the unit is in quarantine.
+    """
+    row = _pipeline(tx, pipeline, step)
+    found = tx.all(
+        """
+        SELECT c.step_id, c.unit_id, c.quarantined FROM coverage c JOIN unit u ON u.id = c.unit_id
+        WHERE c.step_id = :step AND u.key = :unit FOR NO KEY UPDATE OF c
+        """,
+        step=row.step_id,
+        unit=unit,
+    )
+    if not found:
+        raise _no_unit(tx, row, unit)
+    pair = found[0].step_id, found[0].unit_id
+    aside = {
+        r.member: r.id
+        for r in tx.all(
+            f"SELECT w.id, {MEMBER} AS member FROM quarantine w WHERE w.id = ANY(:ids)", ids=found[0].quarantined or []
+        )
+    }
+    if not aside:
+        raise RefusedError(f"nothing of {pipeline}/{step} {unit} is in quarantine; see `wfm quarantine`")
+    if member is not None and member not in aside:
+        raise NotFoundError(unknown("member in quarantine", member, sorted(aside)))
+    ids = [aside[member]] if member is not None else list(aside.values())
+    released = gaps.release(tx, ids, actor)
+    gaps.evaluate(tx, [pair], actor)
+    names = sorted(r.member for r in released)
+    failed = tx.all(
+        """
+        SELECT r.id FROM coverage c JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (c.step_id, c.unit_id, c.wanted)
+        WHERE (c.step_id, c.unit_id) = (:step, :unit) AND r.state = 'FAILED' AND r.probe_of IS NULL
+        ORDER BY r.id DESC LIMIT 1
+        """,
+        step=pair[0],
+        unit=pair[1],
+    )
+    if failed:
+        moved = retry_runs(tx, [failed[0].id], actor)
+        refused = moved.refused.get(failed[0].id)
+        return Released(names, None if refused else failed[0].id, str(refused) if refused else "")
+    tx.run(
+        "UPDATE coverage SET requested = true, requested_for = :by WHERE (step_id, unit_id) = (:step, :unit)",
+        by=f"released from quarantine by {actor.name}: {actor.reason}",
+        step=pair[0],
+        unit=pair[1],
+    )
+    gaps.evaluate(tx, [pair], actor)
+    return Released(names, None)
 
 
 # --- waivers ---

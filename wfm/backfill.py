@@ -406,7 +406,8 @@ def _turn(tx: Tx, b: Any, pairs: Sequence[gaps.Pair]) -> None:
         FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) WITH ORDINALITY AS q(s, u, n)
         JOIN coverage c ON (c.step_id, c.unit_id) = (q.s, q.u)
         LEFT JOIN LATERAL (SELECT r.id FROM run r WHERE (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, c.wanted)
-            AND r.state IN ('FAILED', 'CANCELLED') AND r.failure <> :withdrawn ORDER BY r.id DESC LIMIT 1) f ON true
+            AND r.state IN ('FAILED', 'CANCELLED') AND r.failure <> :withdrawn AND r.probe_of IS NULL
+            ORDER BY r.id DESC LIMIT 1) f ON true
         ORDER BY q.n
         """,
         steps=steps,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
@@ -21,6 +21,7 @@ from packaging.version import InvalidVersion, Version
 
 from wfm.errors import nearest
 from wfm.model import (
+    OF_DATA,
     REPEATABLE,
     BackfillKind,
     CoverageState,
@@ -28,6 +29,7 @@ from wfm.model import (
     FanIn,
     JobStatus,
     OnStale,
+    Probe,
     Report,
     RunState,
     Schedule,
@@ -204,6 +206,98 @@ def needs_approval(wish: Wish, on_stale: OnStale, limits: ApprovalLimits) -> boo
     return on_stale is OnStale.HOLD or wish.units > limits.units or (wish.core_hours or 0.0) > limits.core_hours
 
 
+# --- bisection ---
+
+
+class Tried(Struct, frozen=True):
+    """A probe that has ended: members `first` to `last` of a failed unit, by their places from 1, were run alone.
+
+    Attributes:
+        passed: None where it says nothing of the data; `message` then says why.
+    """
+
+    run: int
+    first: int
+    last: int
+    passed: bool | None
+    message: str = ""
+
+
+class Look(Struct, frozen=True):
+    """What a search does next; one of these.
+
+    Attributes:
+        probe: run members from this place to that one. guilty: the place of the member that the unit fails on.
+        stuck: why it ends without one. proven: what was seen says so; otherwise a probe could not be finished.
+        evidence: the run that failed with the guilty member alone.
+    """
+
+    probe: tuple[int, int] | None = None
+    guilty: int = 0
+    evidence: int = 0
+    stuck: str = ""
+    proven: bool = False
+
+
+def bisect(members: int, tried: Collection[Tried], most: int) -> Look:
+    """How to go on looking for the one of some members, in a fixed order, that a unit fails on.
+
+    The left half of the members in question is run: if it fails they are in question next, else the others. So one
+    guilty among n is found, and seen to fail by itself, in ceil(log2 n) + 1 probes at most. This is the adaptive
+    group test by halves (Dorfman 1943 for tests of pools; Hwang 1972 for splitting a pool that is bad), which is what
+    delta debugging does where one part of the input is to blame (Zeller and Hildebrandt 2002). Of several guilty ones
+    the first is found, and the others when what is left has failed in its turn. A member that is seen alone is the only
+    evidence that counts: what fails in company only, no probe can put on one member.
+
+    Where nothing passed at all, the first member fails because all do, or because it is guilty. Others are run alone
+    until one passes, or more than may be left out have failed, which proves that leaving out cannot help.
+
+    Args:
+        members: how many; more than one. most: how many of them may be left out.
+        tried: the probes of this search that have ended.
+    """
+    unsure = [t for t in tried if t.passed is None]
+    if unsure:
+        return Look(stuck=f"run {unsure[0].run} says nothing of its members: {unsure[0].message}")
+    known = {(t.first, t.last): t for t in tried}
+    first, last = 1, members
+    while first < last:
+        half = first, (first + last) // 2
+        if half not in known:
+            return Look(probe=half)
+        first, last = (half[1] + 1, last) if known[half].passed else half
+    if (first, first) not in known:
+        return Look(probe=(first, first))
+    alone = known[first, first]
+    if alone.passed:
+        return Look(stuck="its members fail together, but none fails by itself", proven=True)
+    bad = sorted(t.first for t in tried if t.first == t.last and not t.passed)
+    if any(t.passed for t in tried):
+        return Look(guilty=first, evidence=alone.run)
+    if len(bad) > most or len(bad) == members:
+        return Look(stuck=f"nothing passed, and {len(bad)} of its members fail by themselves", proven=True)
+    # The first has failed; then the last, and then as far as possible from those seen.
+    far = max(pairwise(bad), key=lambda gap: gap[1] - gap[0]) if bad[-1] == members else (members, members)
+    return Look(probe=((far[0] + far[1]) // 2,) * 2)
+
+
+class Search(Struct, frozen=True):
+    """The search for the members that a failed unit fails on.
+
+    Attributes:
+        members: how many it has, without those in quarantine.
+        most: so many may be in quarantine at once. tried: the probes that have ended.
+        unproven: of the members in quarantine, those for which no result came of the rest since; of the whole search.
+        over: why this search has ended already; empty if it has not.
+    """
+
+    members: int
+    most: int
+    tried: tuple[Tried, ...] = ()
+    unproven: tuple[str, ...] = ()
+    over: str = ""
+
+
 # --- gaps ---
 
 
@@ -223,13 +317,24 @@ class Upstream(Struct, frozen=True):
     identity: str = ""
 
 
+def quarantined(names: Sequence[str]) -> str:
+    """What is said of a run that leaves members out; empty where none is."""
+    return f" without {len(names)} quarantined: {named(names)}" if names else ""
+
+
 class ActiveRun(Struct, frozen=True):
-    """The run that is on its way for a unit. `missing`: the scheduled observations that it did not wait for."""
+    """The run that is on its way for a unit.
+
+    Attributes:
+        wanted: its digest; of a probe, that of the run whose failure it examines.
+        missing: the scheduled observations that it did not wait for. probe: what part it tries; None of other runs.
+    """
 
     id: int
     state: RunState
     wanted: str
     missing: tuple[str, ...] = ()
+    probe: Probe | None = None
 
 
 class EndedRun(Struct, frozen=True):
@@ -238,6 +343,7 @@ class EndedRun(Struct, frozen=True):
     Attributes:
         missing: as in `ActiveRun`.
         failures: attempts that failed with this digest, however often somebody had them repeated.
+        failure: class of the last one.
     """
 
     id: int
@@ -245,6 +351,12 @@ class EndedRun(Struct, frozen=True):
     message: str
     missing: tuple[str, ...] = ()
     failures: int = 0
+    failure: str = ""
+
+    @property
+    def of_data(self) -> bool:
+        """Whether it failed, and that may lie in what it read."""
+        return self.state is RunState.FAILED and self.failure in OF_DATA
 
 
 class ObservingPlan(Struct, frozen=True):
@@ -325,6 +437,8 @@ class GapFacts(Struct, frozen=True):
         accepted_results: number of upstream results that the accepted run read; counted for fan-in other than all.
         quiet_seconds: since what is wanted last changed.
         settling_seconds: since nothing but settling keeps it from running.
+        quarantine_at_most: so many members may be left out. quarantined: names of those that `wanted` leaves out.
+        search: where the unit failed and members may be left out; None: nothing is to be searched.
     """
 
     members: int
@@ -355,6 +469,9 @@ class GapFacts(Struct, frozen=True):
     """Stale, with the same raw data, and not approved: why."""
     revoked: bool = False
     """The result that the unit has must not be used."""
+    quarantine_at_most: int = 0
+    quarantined: tuple[str, ...] = ()
+    search: Search | None = None
 
     @property
     def unwanted(self) -> bool:
@@ -368,6 +485,9 @@ class GapDecision(Struct, frozen=True):
     Attributes:
         run: start a run. withdraw: id of a run to withdraw first. due_in: seconds until somebody must look again.
         covered_by: the run that covers the unit.
+        probe: run these places of its members alone. guilty: the place of the member to leave out from now on, with
+            the run that failed with it alone as evidence.
+        release: what is in quarantine without proof explains nothing: why.
     """
 
     state: CoverageState
@@ -377,6 +497,10 @@ class GapDecision(Struct, frozen=True):
     withdraw: int | None = None
     due_in: float | None = None
     covered_by: int | None = None
+    probe: tuple[int, int] | None = None
+    guilty: int = 0
+    evidence: int = 0
+    release: str = ""
 
 
 _NOT_STARTED = frozenset({RunState.PENDING, RunState.RETRY_WAIT})
@@ -431,19 +555,24 @@ def _partial(f: GapFacts) -> str:
 
 def gap(f: GapFacts) -> GapDecision:
     """Whether a unit is covered, and if not, why nothing runs or that a run starts now."""
-    unwanted = f.unwanted or (f.active and f.active.wanted != f.wanted)
+    probe = f.active is not None and f.active.probe is not None
+    unwanted = f.unwanted or (f.active and f.active.wanted != f.wanted) or (probe and not f.quarantine_at_most)
     withdraw = f.active.id if f.active and f.active.state in _NOT_STARTED and unwanted else None
     if withdraw is None:
         return _gap(f, None)
-    # Who asked for the run that is withdrawn asked for the one that takes its place.
-    return structs.replace(_gap(structs.replace(f, requested=True), withdraw), withdraw=withdraw)
+    # Who asked for the run that is withdrawn asked for the one that takes its place. Nobody asked for a probe.
+    asked = structs.replace(f, requested=f.requested or not probe)
+    return structs.replace(_gap(asked, withdraw), withdraw=withdraw)
 
 
 def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
     say = GapDecision
     if f.active and withdraw is None:
+        if f.active.wanted == f.wanted and f.active.probe:
+            return say(CoverageState.ACTIVE, Why.BISECTING, f"run {f.active.id}{examines(f, f.active.probe)}")
         if f.active.wanted == f.wanted:
-            return say(CoverageState.ACTIVE, Why.RUN, f"run {f.active.id}{without(f.active.missing)}")
+            made = f"{without(f.active.missing)}{quarantined(f.quarantined)}"
+            return say(CoverageState.ACTIVE, Why.RUN, f"run {f.active.id}{made}")
         return say(
             CoverageState.ACTIVE,
             Why.NEWER_INPUT,
@@ -465,12 +594,13 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
         return say(
             CoverageState.COVERED,
             Why.COVERED,
-            f"run {f.ended.id}{_partial(f)}{without(f.ended.missing)}",
+            f"run {f.ended.id}{_partial(f)}{without(f.ended.missing)}{quarantined(f.quarantined)}",
             covered_by=f.ended.id,
         )
     if f.ended and f.ended.state is RunState.FAILED:
         often = f" ({f.ended.failures} failures with the same input, version and config)" * (f.ended.failures > 1)
-        return say(CoverageState.BLOCKED, Why.FAILED, f"run {f.ended.id}: {f.ended.message}{often}")
+        failed = f"run {f.ended.id}{quarantined(f.quarantined)}: {f.ended.message}{often}"
+        return _search(f, say(CoverageState.BLOCKED, Why.FAILED, failed))
     if f.ended and f.ended.state is RunState.CANCELLED:
         return say(CoverageState.BLOCKED, Why.CANCELLED, f"run {f.ended.id}: {f.ended.message}")
     if f.held and not f.requested:
@@ -509,7 +639,47 @@ def _gap(f: GapFacts, withdraw: int | None) -> GapDecision:
             f"until its input is quiet for {f.settle_seconds:g} s, {f.settle_at_most_seconds:g} s at most",
             due_in=min(f.settle_seconds - f.quiet_seconds, f.settle_at_most_seconds - f.settling_seconds),
         )
-    return say(CoverageState.ACTIVE, Why.RUN, without(f.plan.missing) if f.plan else "", run=True)
+    made = (without(f.plan.missing) if f.plan else "") + quarantined(f.quarantined)
+    return say(CoverageState.ACTIVE, Why.RUN, made, run=True)
+
+
+def examines(f: GapFacts, probe: Probe) -> str:
+    """What is said of a run that is a probe, after its name."""
+    failed = f", because run {f.ended.id} failed: {f.ended.message}" if f.ended else ""
+    return f": {probe}{failed}"
+
+
+def _search(f: GapFacts, failed: GapDecision) -> GapDecision:
+    """What follows where a unit has failed: a member is looked for and left out, if its step may do that.
+
+    Whatever the trigger: what becomes of a failure belongs to the run that failed, and that was asked for.
+    """
+    s = f.search
+    if s is None:
+        return failed
+    if s.over:
+        return structs.replace(failed, reason=f"{failed.reason}; bisected: {s.over}")
+    if not f.enabled or f.paused:
+        return structs.replace(failed, reason=f"{failed.reason}; bisecting waits: {f.paused or 'disabled'}")
+    left = s.most - len(f.quarantined)
+    if s.members > 1 and left > 0:
+        look = bisect(s.members, s.tried, left)
+    elif s.unproven:
+        look = Look(stuck="no other member may be left out" if s.members > 1 else "one member is left", proven=True)
+    else:
+        more = f"; not bisected: not more than {s.most} may be in quarantine" if left <= 0 else ""
+        return structs.replace(failed, reason=failed.reason + more)
+    if look.probe:
+        if f.missing_copies:
+            copies = f"no reachable copy of {named(f.missing_copies)}, to find the member that it fails on"
+            return GapDecision(CoverageState.WAITING, Why.NO_COPY, copies, due_in=60.0)
+        return GapDecision(CoverageState.ACTIVE, Why.BISECTING, "", probe=look.probe)
+    if look.guilty:
+        return structs.replace(failed, guilty=look.guilty, evidence=look.evidence)
+    if look.proven and s.unproven:
+        return structs.replace(failed, release=f"it still fails without {', '.join(s.unproven)}: {look.stuck}")
+    probes = f"{len(s.tried)} probe{'' if len(s.tried) == 1 else 's'}"
+    return structs.replace(failed, reason=f"{failed.reason}; bisected in {probes}: {look.stuck}")
 
 
 # --- names ---
@@ -788,6 +958,7 @@ class AgainFacts(Struct, frozen=True):
         part: its step is still part of its pipeline. newest: its inputs, version and config are those wanted now.
         active: another run of its unit that has not ended; None if there is none.
         exit_code: of its last job, None if that left no record.
+        probe_of: the failed run that it examines, if it is a probe.
         purged: the files of its attempts were removed, or are about to be.
     """
 
@@ -796,6 +967,7 @@ class AgainFacts(Struct, frozen=True):
     active: int | None
     exit_code: int | None
     purged: bool
+    probe_of: int | None = None
 
 
 def not_again(f: AgainFacts, begin: RunState) -> str:
@@ -803,6 +975,8 @@ def not_again(f: AgainFacts, begin: RunState) -> str:
 
     In PENDING everything is done again. In COLLECTING_RESULTS what its last job left is collected again.
     """
+    if f.probe_of is not None:
+        return f"it is a probe of run {f.probe_of}; `wfm runs retry {f.probe_of}` begins a new search"
     if not f.part:
         return "its step is no longer part of its pipeline"
     if f.active is not None:

@@ -180,6 +180,7 @@ class Step(Struct, frozen=True, kw_only=True):
         renamed_from: its old name; it stays what it is, with all that was made.
         fan_in: which units of the steps it depends on must be covered; complete: all, and what is planned has arrived.
         fan_in_deadline_hours: so long after the last planned end of a unit, nothing planned is waited for any more.
+        quarantine_at_most: so many members of a unit may be left out since it fails on them; 0: none is looked for.
         cooldown_seconds: a unit runs no more often than that.
         settle_seconds: a unit runs when what it reads has not changed for so long; at most `settle_at_most_seconds`
             after it could have run (None: ten times as long).
@@ -202,6 +203,7 @@ class Step(Struct, frozen=True, kw_only=True):
     resources: Resources = Resources()
     environment: dict[str, str] = {}
     max_retries: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 3
+    quarantine_at_most: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 0
     cooldown_seconds: NotNegative = 0.0
     settle_seconds: NotNegative = 0.0
     settle_at_most_seconds: NotNegative | None = None

@@ -144,6 +144,40 @@ class CampaignCreated(Event, frozen=True, tag="campaign.created", kw_only=True):
     packages: int
 
 
+class DataQuarantined(Event, frozen=True, tag="data.quarantined", kw_only=True):
+    """A unit failed, and so did one of its members alone: the unit is run without it. It counts for this step only.
+
+    Attributes:
+        pipeline: name. step: name. unit: key.
+        member: the name of a package, or the key of a finer unit.
+        run: that failed. probe: the run that failed with the member alone.
+    """
+
+    pipeline: str
+    step: str
+    unit: str
+    member: str
+    run: Key
+    probe: Key
+
+
+class DataReleased(Event, frozen=True, tag="data.released", kw_only=True):
+    """A member that was in quarantine is used again; by a person, or since the rest of its unit fails as well.
+
+    New content, another version or config release it without this event: nothing was said of these.
+
+    Attributes:
+        pipeline: as in data.quarantined. step: as in data.quarantined. unit: as in data.quarantined.
+        member: as in data.quarantined. run: as in data.quarantined.
+    """
+
+    pipeline: str
+    step: str
+    unit: str
+    member: str
+    run: Key
+
+
 class SlotFreed(Event, frozen=True, tag="slot.freed", kw_only=True):
     """Something that a PENDING run may have waited for is free."""
 
@@ -157,6 +191,7 @@ class RunEvent(Event, frozen=True, kw_only=True):
         run: id of the run. version: its transition number; a recipient that finds another one looks again.
         attempt: number of the computation, from 1.
         pipeline, step, unit: names. state: the state entered.
+        probe_of: the run whose failure it examines: it makes no products. Not there for other runs.
     """
 
     run: Key
@@ -166,6 +201,7 @@ class RunEvent(Event, frozen=True, kw_only=True):
     step: str = ""
     unit: str = ""
     state: str = ""
+    probe_of: Key | None = None
 
 
 class GapDetected(RunEvent, frozen=True, tag="gap.detected", kw_only=True):
@@ -221,6 +257,8 @@ AnyEvent = (
     | ObservationLost
     | PipelineFired
     | CampaignCreated
+    | DataQuarantined
+    | DataReleased
     | SlotFreed
     | GapDetected
     | JobBuilt

@@ -32,7 +32,7 @@ from msgspec import Struct
 
 from wfm.backends import runjob
 from wfm.errors import InputError, UnavailableError, UsageError
-from wfm.model import PRODUCT_DIRECTORIES, JobSpec, Resources, UpstreamRead
+from wfm.model import PRODUCT_DIRECTORIES, JobSpec, LeftOut, Probe, Resources, UpstreamRead
 
 INPUT = "input"
 WORKSPACE = "workspace"
@@ -73,6 +73,8 @@ class JobFacts(Struct, frozen=True):
         missing: scheduled observations that belong to the unit, and were not waited for any longer.
         python: absolute path of the interpreter that the words ``python`` and ``python3`` stand for.
         upstream: where it does not need all results of the steps it depends on, which ones it has.
+        quarantined: members of the unit that are left out, and why.
+        probe_of, probe: the failed run that it examines, and which part of the unit it tries; None of other runs.
     """
 
     location_id: int
@@ -94,6 +96,9 @@ class JobFacts(Struct, frozen=True):
     python: str
     upstream: tuple[UpstreamRead, ...] = ()
     missing: tuple[str, ...] = ()
+    quarantined: tuple[LeftOut, ...] = ()
+    probe_of: int | None = None
+    probe: Probe | None = None
 
 
 class InputFile(Struct, frozen=True):
@@ -360,10 +365,20 @@ def manifest(plan: StagePlan) -> dict[str, Any]:
             for p in sorted(plan.products, key=lambda p: (p.step, p.unit, p.name))
         ],
         "upstream": [msgspec.to_builtins(u) for u in facts.upstream],
+        "quarantined": [msgspec.to_builtins(q) for q in facts.quarantined],
+        **_probe(facts),
         "workspace_dir": f"{directory}/{WORKSPACE}",
         "output_dir": f"{directory}/{output_directory(facts.step, facts.final)}",
         "log_dir": f"{directory}/{LOGS}",
     }
+
+
+def _probe(facts: JobFacts) -> dict[str, Any]:
+    """Which part of a failed unit the job tries: only there where it is a probe."""
+    if facts.probe is None:
+        return {}
+    part = {name: getattr(facts.probe, name) for name in ("number", "first", "last", "members")}
+    return {"probe": {"run_id": facts.probe_of, **part}}
 
 
 def listed(texts: Sequence[str], separator: str = ", ") -> str:

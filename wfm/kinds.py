@@ -29,6 +29,7 @@ from wfm.model import (
     JobRef,
     JobSpec,
     JobStatus,
+    Probe,
     Report,
     Resources,
     Role,
@@ -36,10 +37,11 @@ from wfm.model import (
     TaskKind,
     UpstreamRead,
 )
-from wfm.schema import UNITS_INSIDE
+from wfm.schema import PINNED, UNIT_READ, UNITS_INSIDE
 from wfm.staging import StagingPolicy, stage
 from wfm.store import Move, RunRow, TaskRow, Tx, encode, failed
 from wfm.tasks import Kind, Outcome
+from wfm.views.quarantine import left_out
 
 WORKER = Actor(Role.WORKER)
 RESULT_MANAGER = Actor(Role.RESULT_MANAGER)
@@ -148,7 +150,7 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
         """
         SELECT r.id, r.location_id, r.attempt, r.pipeline_name, r.step_name, s.name AS step, s.final, u.key,
             u."values", sw.name AS software, sv.version, sv.command, s.environment, s.resources, r.upstream,
-            coalesce(cr.parameters, '{}') AS parameters, r.missing
+            coalesce(cr.parameters, '{}') AS parameters, r.missing, r.subset, r.probe_of, r.probe
         FROM run r JOIN reduction_step s ON s.id = r.step_id
         JOIN unit u ON u.id = r.unit_id JOIN software_version sv ON sv.id = r.software_version_id
         JOIN software sw ON sw.id = sv.software_id LEFT JOIN config_revision cr ON cr.id = r.config_revision_id
@@ -156,6 +158,7 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
         """,
         ids=list(run_ids),
     )
+    left = left_out(tx.conn, [r.id for r in rows if r.subset])
     return {
         r.id: JobFacts(
             location_id=r.location_id,
@@ -177,6 +180,9 @@ def job_facts(tx: Tx, run_ids: Sequence[int], base: str) -> dict[int, JobFacts]:
             base_directory=base,
             python=sys.executable,
             upstream=msgspec.convert(r.upstream, tuple[UpstreamRead, ...]),
+            quarantined=tuple(left.get(r.id, ())),
+            probe_of=r.probe_of,
+            probe=msgspec.convert(r.probe, Probe | None),
         )
         for r in rows
     }
@@ -203,7 +209,7 @@ def link_upstream(tx: Tx, run_ids: Sequence[int]) -> None:
         CROSS JOIN LATERAL ({UNITS_INSIDE}) l
         JOIN coverage c ON (c.step_id, c.unit_id) = (us.id, l.id) AND c.counts
         JOIN run cr ON cr.id = c.run_id
-        WHERE r.id = ANY(:ids)
+        WHERE r.id = ANY(:ids) AND {UNIT_READ}
         """,
         ids=list(run_ids),
     )
@@ -235,11 +241,9 @@ def input_files(tx: Tx, run_ids: Sequence[int]) -> dict[int, list[InputFile]]:
         InputError: a package was registered with other content since.
     """
     rows = tx.all(
-        """
+        f"""
         SELECT r.id, p.name AS package, p.item <> m.item AS changed, f.name, f.size, f.checksum, c.places
-        FROM run r
-        JOIN unit_member m ON m.unit_id = r.unit_id AND m.added <= r.generation
-            AND (m.removed IS NULL OR m.removed > r.generation)
+        FROM run r JOIN unit_member m ON {PINNED}
         JOIN raw_data_package p ON p.id = m.package_id JOIN raw_data_file f ON f.package_id = p.id
         LEFT JOIN LATERAL (
             SELECT jsonb_agg(jsonb_build_array(l.name, l.root, pc.path) ORDER BY l.priority DESC, l.id) AS places
@@ -453,7 +457,8 @@ class Collect(_Base):
     def succeeded(self, tx: Tx, runs: Mapping[int, RunRow], outcomes: Sequence[Outcome]) -> Sequence[Move]:
         mine = [(runs[o.task.run_id], o.value) for o in outcomes if o.task.run_id is not None]
         mine = [(run, value) for run, value in mine if run.state is RunState.COLLECTING_RESULTS]
-        _register(tx, mine)
+        # What a part of a unit gave is no result: it lies there as long as the directory does, and counts for nothing.
+        _register(tx, [(run, value) for run, value in mine if run.probe_of is None])
         return [
             Move(run, "collect", Actor(WORKER.name, "; ".join(found.warnings)), sets={"message": "", "failure": ""})
             for run, found in mine

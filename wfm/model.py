@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -61,6 +61,8 @@ class Why(StrEnum):
 
     COVERED = "covered"
     RUN = "run"
+    BISECTING = "bisecting"
+    """It failed on data, and parts of it are run to find on which."""
     NEWER_INPUT = "newer_input"
     UPSTREAM = "waiting_for_upstream"
     UPSTREAM_FAILED = "upstream_failed"
@@ -83,6 +85,8 @@ class Why(StrEnum):
     CANCELLED = "cancelled"
     EMPTY = "empty"
     ORPHANED = "orphaned"
+    QUARANTINED = "quarantined"
+    """Of a member, where others are told of it; no row of coverage: its unit is covered without it."""
 
 
 class Standing(StrEnum):
@@ -242,6 +246,9 @@ REPEATABLE = frozenset(
 )
 """Failures that `max_retries` applies to; the others would fail again in the same way."""
 
+OF_DATA = frozenset({FailureClass.EXIT, FailureClass.OUTPUT})
+"""Failures that may lie in what was read, rather than in the machine: a search for the guilty member rests on them."""
+
 
 class TaskKind(StrEnum):
     """The side-effecting work that wfm itself gives to workers; entry points may add more kinds."""
@@ -301,6 +308,54 @@ class UpstreamRead(Struct, frozen=True):
     units: int
     read: int
     missing: tuple[str, ...] = ()
+
+
+class Subset(Struct, frozen=True):
+    """What of its unit's members a run reads, where that is not all of them.
+
+    Attributes:
+        of: packages, or units: the finer ones whose results it reads.
+        dims: of the finer units that `first` and `last` are about; the results of others are read as ever.
+        first, last: ids of the first and the last member of a range, in the order of ids; None: all.
+        without: ids of members that are in quarantine.
+    """
+
+    of: Literal["packages", "units"]
+    dims: str = ""
+    first: int | None = None
+    last: int | None = None
+    without: tuple[int, ...] = ()
+
+
+class Probe(Struct, frozen=True):
+    """Which part of a failed unit a run tries, to find the member that the unit fails on.
+
+    Attributes:
+        version: of the failed run, by its transitions: when that run fails once more, a new search begins.
+        number: of the probe in its search, from 1.
+        first, last: places of its members among all `members`, from 1, both included.
+    """
+
+    version: int
+    number: int
+    first: int
+    last: int
+    members: int
+
+    def __str__(self) -> str:
+        which = f"member {self.first}" if self.first == self.last else f"members {self.first} to {self.last}"
+        return f"probe {self.number}, {which} of {self.members}"
+
+
+class LeftOut(Struct, frozen=True):
+    """A member of a run's unit that the run does not read, since it is in quarantine.
+
+    Attributes:
+        member: name of a package, or key of a finer unit. reason: which runs failed with it, and how.
+    """
+
+    member: str
+    reason: str
 
 
 class JobRef(Struct, frozen=True):

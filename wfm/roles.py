@@ -41,6 +41,7 @@ from wfm.events import ENTRANCES, AttemptFailed, Event, PipelineChanged, Pipelin
 from wfm.jobs import build_spec
 from wfm.kinds import POLL, Poll, job_facts, link_upstream, open_purges, worker_kinds
 from wfm.model import Actor, FanIn, Role, RunState, Schedule, TaskKind
+from wfm.schema import PACKAGE_READ
 from wfm.store import HOLDS_SLOT, TASK_ON_ENTRY, WITHDRAWN, Move, RunRow, Store, Tx, encode
 from wfm.tasks import Outcome, TaskRunner, foreign_kinds
 
@@ -535,9 +536,10 @@ class WorkflowManager(_Quiet):
         """
         link_upstream(tx, ids)
         rows = tx.all(
-            """
+            f"""
             SELECT r.id, r.step_id, r.unit_id, r.wanted, s.active AND u.dims = s.dims AS part, s.fan_in,
-                u.digest, u.members, sw.name AS software, sv.version,
+                coalesce(part.digest, u.digest) AS digest, coalesce(part.members, u.members) AS members,
+                sw.name AS software, sv.version,
                 coalesce(cr.hash, '') AS config, sv.state = 'revoked' OR cr.revoked_by <> '' AS revoked,
                 us.identity AS step,
                 (SELECT coalesce(sum(ur.result), 0) % :modulus
@@ -547,6 +549,9 @@ class WorkflowManager(_Quiet):
             JOIN reduction_step s ON s.id = r.step_id
             JOIN software sw ON sw.id = sv.software_id LEFT JOIN config_revision cr ON cr.id = r.config_revision_id
             LEFT JOIN step_dependency d ON d.step_id = r.step_id LEFT JOIN reduction_step us ON us.id = d.upstream_id
+            LEFT JOIN LATERAL (SELECT coalesce(sum(m.item), 0) % :modulus AS digest, count(*) AS members
+                FROM unit_member m WHERE r.subset ->> 'of' = 'packages' AND m.unit_id = r.unit_id
+                    AND m.removed IS NULL AND {PACKAGE_READ}) part ON r.subset ->> 'of' = 'packages'
             WHERE r.id = ANY(:ids)
             """,
             modulus=DIGEST_MODULUS,

@@ -26,7 +26,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.types import UserDefinedType
 
@@ -401,6 +401,8 @@ reduction_step = Table(
     _json("resources"),
     _json("environment"),
     Column("max_retries", Integer, nullable=False, server_default=text("3")),
+    # So many members of a unit, at once, may be left out because it fails on them; 0: none is looked for.
+    Column("quarantine_at_most", Integer, nullable=False, server_default=text("0")),
     Column("cooldown_seconds", Double, nullable=False, server_default=text("0")),
     Column("settle_seconds", Double, nullable=False, server_default=text("0")),
     Column("settle_at_most_seconds", Double),  # None: ten times as long as settle_seconds
@@ -421,6 +423,7 @@ reduction_step = Table(
     _one_of("on_stale", OnStale),
     CheckConstraint("version_policy <> 'pinned' OR version <> ''", name="pinned_version"),
     CheckConstraint("max_retries >= 0 AND cooldown_seconds >= 0 AND retention_days >= 0", name="not_negative"),
+    CheckConstraint("quarantine_at_most >= 0", name="quarantine_at_most"),
     CheckConstraint("max_in_flight >= 1", name="share"),
     CheckConstraint("settle_seconds >= 0 AND settle_at_most_seconds >= settle_seconds", name="settle"),
 )
@@ -577,6 +580,7 @@ coverage = Table(
     # ones the decision would be the same.
     Column("basis", BigInteger),
     Column("gates", BigInteger),
+    Column("quarantined", ARRAY(BigInteger)),  # rows of quarantine that `wanted` leaves out; None: nothing
     # Whether what depends on it may read its accepted result.
     Column(
         "counts",
@@ -705,6 +709,9 @@ run = Table(
     Column("generation", BigInteger, nullable=False),  # of the unit's member set: pins the raw inputs
     _text("wanted", None),
     _json("missing", "[]"),  # scheduled observations that it did not wait for
+    Column("subset", JSONB),  # wfm.model.Subset; None: it reads all members of its unit
+    _ref("probe_of", "run", null=True),  # whose failure it examines; it covers nothing, and has no products
+    Column("probe", JSONB),  # wfm.model.Probe
     _digest("result"),  # this run's term in the digest of units that depend on it
     _json("upstream", "[]"),  # wfm.model.UpstreamRead each; of fan-in other than all, once it is built
     _ref("software_version_id", "software_version"),
@@ -743,6 +750,8 @@ run = Table(
     _one_of("state", RunState),
     CheckConstraint(f"(state IN ({_FINAL})) = (finished_at IS NOT NULL)", name="finished_at"),
     CheckConstraint("attempt >= 1 AND version >= 1 AND failures >= 0", name="counts"),
+    CheckConstraint("(probe_of IS NULL) = (probe IS NULL)", name="probe"),
+    Index("ix_run_probe_of", "probe_of", postgresql_where=text("probe_of IS NOT NULL")),
     # Of the runs in states that are not final, said so that no other index fits: whoever makes many runs at once looks
     # for each pair's active run while the planner still thinks that there is none.
     Index("uq_run_active", "step_id", "unit_id", unique=True, postgresql_where=text("finished_at IS NULL")),
@@ -757,6 +766,64 @@ run = Table(
         postgresql_where=text("state = 'PENDING'"),
     ),
     Index("ix_run_state", "location_id", "state", "due_at", postgresql_where=text(f"state NOT IN ({_FINAL})")),
+)
+
+
+def _in_subset(of: str, key: str, ranged: str) -> str:
+    return f"""
+    (r.subset IS NULL OR r.subset ->> 'of' <> '{of}' OR (NOT r.subset -> 'without' @> to_jsonb({key})
+        AND (NOT ({ranged}) OR {key} BETWEEN coalesce((r.subset ->> 'first')::bigint, {key})
+            AND coalesce((r.subset ->> 'last')::bigint, {key}))))
+    """
+
+
+PACKAGE_READ = _in_subset("packages", "m.package_id", "true")
+"""Whether run ``r`` reads package ``m.package_id`` of its unit."""
+
+UNIT_READ = _in_subset("units", "l.id", "us.dims = r.subset ->> 'dims'")
+"""Whether run ``r`` reads the result of step ``us`` for unit ``l`` that lies in its own."""
+
+PINNED = f"""
+m.unit_id = r.unit_id AND m.added <= r.generation AND (m.removed IS NULL OR m.removed > r.generation) AND {PACKAGE_READ}
+"""
+"""The members ``m`` of its unit that run ``r`` pinned."""
+
+# A member that a unit of a step fails on, by itself too: it is left out, as long as neither the member nor what is to
+# run differs from what failed. Whether it is left out now stands in `coverage.quarantined`.
+quarantine = Table(
+    "quarantine",
+    metadata,
+    _id(),
+    _ref("step_id", "reduction_step"),
+    _ref("unit_id", "unit"),
+    _ref("package_id", "raw_data_package", null=True),
+    _ref("member_id", "unit", null=True),  # a finer unit
+    _digest("content"),  # the member's term in the unit's digest, as it failed
+    _ref("software_version_id", "software_version"),
+    _text("config"),  # hash of the parameters
+    _ref("run_id", "run", index=True),  # that failed with all that the search was about
+    Column("run_version", Integer, nullable=False),
+    _ref("probe_id", "run"),  # that failed with the member alone
+    _text("actor", None),
+    _text("reason", None),
+    _time("created_at", now=True),
+    _time("released_at"),
+    _text("released_by"),
+    _text("released_reason"),
+    CheckConstraint("num_nonnulls(package_id, member_id) = 1", name="one_thing"),
+    Index("ix_quarantine_unreleased", "step_id", "unit_id", postgresql_where=text("released_at IS NULL")),
+    Index(
+        "uq_quarantine_package",
+        *("step_id", "unit_id", "package_id", "content", "software_version_id", "config"),
+        unique=True,
+        postgresql_where=text("released_at IS NULL AND package_id IS NOT NULL"),
+    ),
+    Index(
+        "uq_quarantine_member",
+        *("step_id", "unit_id", "member_id", "content", "software_version_id", "config"),
+        unique=True,
+        postgresql_where=text("released_at IS NULL AND member_id IS NOT NULL"),
+    ),
 )
 
 # When one of a queue's runs last got a slot: among equals, who was served the longest ago comes next. It is written by

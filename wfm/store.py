@@ -30,7 +30,7 @@ from wfm.charts import Chart
 from wfm.decide import ApprovalLimits, MoveFacts, item_hash
 from wfm.errors import NotFoundError, RefusedError
 from wfm.events import TYPES, Event, Message, SlotFreed
-from wfm.model import FINAL_STATES, Actor, FailureClass, JobRef, JobSpec, Role, RunState, TaskKind
+from wfm.model import FINAL_STATES, OF_DATA, Actor, FailureClass, JobRef, JobSpec, Role, RunState, TaskKind
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class RunRow(Struct, frozen=True, kw_only=True):
     max_retries: int
     priority: int
     backfill_id: int | None = None
+    probe_of: int | None = None
     seconds_in_state: float
     waiting_for: str
     job: JobSpec | None
@@ -149,7 +150,7 @@ class TaskEnd(Struct, frozen=True):
 _RUN_SELECT = """
 SELECT r.id, r.location_id, r.pipeline_id, p.name AS pipeline, r.step_id, s.name AS step,
        r.unit_id, u.key AS unit, r.generation, r.wanted, r.result::text AS result, r.state, r.version, r.chart_version,
-       r.pipeline_name, r.step_name, r.attempt, r.failures, s.max_retries, r.priority, r.backfill_id,
+       r.pipeline_name, r.step_name, r.attempt, r.failures, s.max_retries, r.priority, r.backfill_id, r.probe_of,
        extract(epoch FROM now() - r.state_since)::float AS seconds_in_state, r.waiting_for, r.job, r.backend,
        r.handle, r.failure, r.message, r.exit_code, r.wall_seconds, r.cpu_hours, r.peak_memory_gb, r.node, r.evidence
 FROM run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id
@@ -423,7 +424,15 @@ class Tx:
         """What the end (or the new beginning) of a run means for its unit. Gaps are decided elsewhere."""
         rows = []
         for r in runs:
-            if r.state is RunState.COMPLETED:
+            if r.probe_of is not None:
+                going = r.state not in FINAL_STATES
+                said = f"run {r.id}" if going else f"run {r.id} is {r.state}: what follows is decided next"
+                state, why, reason = (
+                    "active" if going else "waiting",
+                    "bisecting",
+                    f"{said}; it examines run {r.probe_of}",
+                )
+            elif r.state is RunState.COMPLETED:
                 state, why, reason = "covered", "covered", f"run {r.id}"
             elif r.state not in FINAL_STATES:
                 state, why, reason = "active", "run", f"run {r.id}"
@@ -433,7 +442,8 @@ class Tx:
                 state, why, reason = "waiting", "newer_input", f"run {r.id} was withdrawn: {r.message}"
             else:
                 state, why, reason = "blocked", "cancelled", f"run {r.id}: {r.message}"
-            again = r.failure == WITHDRAWN and r.state is RunState.CANCELLED  # who asked for it asks for the next one
+            # Who asked for it asks for the next one; nobody asked for a probe.
+            again = r.failure == WITHDRAWN and r.state is RunState.CANCELLED and r.probe_of is None
             rows.append({"id": r.id, "state": state, "why": why, "reason": reason, "again": again})
         if not rows:
             return
@@ -463,7 +473,8 @@ class Tx:
         Args:
             rows: step_id, unit_id, pipeline_id, location_id, generation, wanted, result, software_version_id,
                 config_revision_id, priority, cpu, memory_gb; backfill_id where it is of one;
-                missing: scheduled observations that it does not wait for.
+                missing: scheduled observations that it does not wait for; subset, where it does not read all;
+                probe_of and probe, where it examines the failure of another.
 
         Returns:
             by (step, unit), the ids of the runs made.
@@ -473,19 +484,21 @@ class Tx:
         made = self.all(
             """
             INSERT INTO run (location_id, pipeline_id, step_id, unit_id, generation, wanted, result,
-                software_version_id, config_revision_id, priority, backfill_id, cpu, memory_gb, missing, state,
-                chart_version, look_again_at, failures, pipeline_name, step_name)
+                software_version_id, config_revision_id, priority, backfill_id, cpu, memory_gb, missing, subset,
+                probe_of, probe, state, chart_version, look_again_at, failures, pipeline_name, step_name)
             SELECT location_id, pipeline_id, step_id, unit_id, generation, wanted, result, software_version_id,
-                config_revision_id, priority, backfill_id, cpu, memory_gb, coalesce(missing, '[]'), :initial, :chart,
+                config_revision_id, priority, backfill_id, cpu, memory_gb, coalesce(missing, '[]'), subset,
+                probe_of, probe, :initial, :chart,
                 now() + :look * interval '1 s',
                 coalesce((SELECT CASE o.failure WHEN :withdrawn THEN o.failures END FROM run o
-                    WHERE (o.step_id, o.unit_id, o.wanted) = (g.step_id, g.unit_id, g.wanted)
+                    WHERE (o.step_id, o.unit_id, o.wanted) = (g.step_id, g.unit_id, g.wanted) AND o.probe_of IS NULL
+                        AND g.probe_of IS NULL
                     ORDER BY o.id DESC LIMIT 1), 0), pipeline_name, step_name
             FROM (SELECT g.*, p.name AS pipeline_name, s.name AS step_name
                 FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS g(location_id bigint, pipeline_id bigint,
                 step_id bigint, unit_id bigint, generation bigint, wanted text, result numeric,
                 software_version_id bigint, config_revision_id bigint, priority int, backfill_id bigint, cpu float8,
-                memory_gb float8, missing jsonb)
+                memory_gb float8, missing jsonb, subset jsonb, probe_of bigint, probe jsonb)
                 JOIN pipeline p ON p.id = g.pipeline_id AND p.deleted_at IS NULL
                 JOIN reduction_step s ON s.id = g.step_id FOR SHARE OF p) g
             ON CONFLICT DO NOTHING RETURNING id, step_id, unit_id
@@ -765,7 +778,8 @@ def insert_events(conn: Connection, rows: Sequence[Mapping[str, Any]], republish
 
 def _body(r: RunRow) -> dict[str, Any]:
     names = {"pipeline": r.pipeline, "step": r.step, "unit": r.unit, "state": r.state}
-    return {"run": r.id, "version": r.version, "attempt": r.attempt, **names}
+    probe = {} if r.probe_of is None else {"probe_of": r.probe_of}
+    return {"run": r.id, "version": r.version, "attempt": r.attempt, **names, **probe}
 
 
 def message(row: Any) -> Message:
@@ -782,8 +796,12 @@ def result_hash(step: str, unit: str, wanted: str) -> int:
 
 
 def failed(run: RunRow, failure: FailureClass, message: str, actor: Actor, due_in: float, **sets: Any) -> Move:
-    """The move of a run whose attempt failed; the chart decides between another attempt and the end."""
-    facts = MoveFacts(failure=failure, failures=run.failures, max_retries=run.max_retries)
+    """The move of a run whose attempt failed; the chart decides between another attempt and the end.
+
+    A probe is to say whether its members fail: what may lie in them is not repeated.
+    """
+    most = 0 if run.probe_of is not None and failure in OF_DATA else run.max_retries
+    facts = MoveFacts(failure=failure, failures=run.failures, max_retries=most)
     sets |= {"failure": failure, "message": message, "failures": run.failures + 1}
     sets["waiting_for"] = f"another attempt, {due_in:.3g} s after the last one: {message}"
     return Move(run, "fail", Actor(actor.name, message), facts, sets, due_in)

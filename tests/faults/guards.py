@@ -998,4 +998,163 @@ RENAMING = [
     ),
 ]
 
-MUTANTS = [*RUNS, *TASKS, *MESSAGES, *JOBS, *FILES, *TRIGGERS, *EDITING, *SPEED, *COUNTING, *RENAMING]
+_QUARANTINE = "tests/acceptance/test_quarantine.py"
+_BISECT = "tests/unit/test_bisect.py"
+_ASIDE, _FACTS, _DECIDE = "wfm/gaps/quarantine.py", "wfm/gaps/facts.py", "wfm/decide.py"
+
+QUARANTINE = [
+    _guard(
+        "a probe covers nothing",
+        _FACTS,
+        "WHERE r.finished_at IS NOT NULL AND r.probe_of IS NULL AND",
+        "WHERE r.finished_at IS NOT NULL AND",
+        f"{_QUARANTINE}::test_where_none_is_looked_for_it_is_said_that_one_could_be",
+    ),
+    _guard(
+        "what a probe makes is no product",
+        _KINDS,
+        "for run, value in mine if run.probe_of is None])",
+        "for run, value in mine])",
+        f"{_QUARANTINE}::test_the_guilty_package_is_found_and_left_out",
+    ),
+    _guard(
+        "a probe that failed on its members is not repeated",
+        _STORE,
+        "most = 0 if run.probe_of is not None and failure in OF_DATA else run.max_retries",
+        "most = run.max_retries",
+        f"{_QUARANTINE}::test_what_fails_in_a_probe_is_not_repeated",
+    ),
+    _guard(
+        "only a member that failed alone is guilty",
+        _DECIDE,
+        "    if alone.passed:",
+        "    if False:",
+        f"{_BISECT}::test_a_pair_that_fails_only_together_puts_it_on_no_member",
+    ),
+    _guard(
+        "where nothing passes, nobody is guilty",
+        _DECIDE,
+        "if any(t.passed for t in tried):",
+        "if True:",
+        f"{_BISECT}::test_what_fails_on_everything_is_given_up_after_few_probes",
+    ),
+    _guard(
+        "what vanished says nothing of its members",
+        _DECIDE,
+        "    if unsure:",
+        "    if False:",
+        f"{_BISECT}::test_a_probe_that_says_nothing_of_its_members_ends_the_search",
+    ),
+    _guard(
+        "what explains nothing is released",
+        _DECIDE,
+        "if look.proven and s.unproven:",
+        "if False:",
+        f"{_BISECT}::test_when_as_many_as_may_are_left_out_and_the_rest_fails_these_are_released",
+    ),
+    _guard(
+        "what a search could not finish is kept",
+        _DECIDE,
+        "if look.proven and s.unproven:",
+        "if s.unproven:",
+        f"{_BISECT}::test_when_as_many_as_may_are_left_out_and_the_rest_fails_these_are_released",
+    ),
+    _guard(
+        "a search that is over is not begun again",
+        _DECIDE,
+        "    if s.over:",
+        "    if False:",
+        f"{_BISECT}::test_a_search_that_is_over_is_not_begun_again",
+    ),
+    _guard(
+        "nobody asked for a probe that is withdrawn",
+        _DECIDE,
+        "requested=f.requested or not probe)",
+        "requested=True)",
+        f"{_BISECT}::test_an_active_probe_goes_on_as_long_as_the_unit_wants_what_failed",
+    ),
+    _guard(
+        "a probe is of what its failed run wanted",
+        _FACTS,
+        "CASE WHEN a.probe_of IS NULL THEN a.wanted ELSE",
+        "CASE WHEN true THEN a.wanted ELSE",
+        f"{_QUARANTINE}::test_a_search_is_paused_and_gives_way_to_new_data",
+    ),
+    _guard(
+        "a run that fails once more is searched anew",
+        _ASIDE,
+        "if probe.version != runs[r.probe_of].version:",
+        "if False:",
+        f"{_QUARANTINE}::test_a_cancelled_probe_ends_the_search",
+    ),
+    _guard(
+        "what is left out has the content that failed",
+        _ASIDE,
+        "if member.content == int(r.content):",
+        "if True:",
+        f"{_QUARANTINE}::test_released_by_hand_by_a_version_and_by_new_content",
+    ),
+    _guard(
+        "what is left out failed with this version and config",
+        _FACTS,
+        "if version and _runs(m) == (version.id, r.config_hash)]",
+        "if version]",
+        f"{_QUARANTINE}::test_released_by_hand_by_a_version_and_by_new_content",
+    ),
+    _guard(
+        "no more members are left out than the step says",
+        _FACTS,
+        "aside[pair] = same[: r.quarantine_at_most]",
+        "aside[pair] = same",
+        f"{_QUARANTINE}::test_two_guilty_packages",
+    ),
+    _guard(
+        "members that are others than the digest says are not searched",
+        _ASIDE,
+        "return (rest.items, rest.members) == (0, 0)",
+        "return True",
+        f"{_BISECT}::test_members_that_are_others_than_the_digest_says_are_not_searched",
+    ),
+    _guard(
+        "the fingerprint of a decision has what is in quarantine",
+        _FACTS,
+        "    || coalesce(' without ' || qu.rows || ' of ' || s.quarantine_at_most, ''), 0) AS basis,",
+        "    , 0) AS basis,",
+        f"{_QUARANTINE}::test_reconciliation_finds_what_was_released",
+    ),
+    _guard(
+        "a package in quarantine is not certified as covered",
+        "wfm/views/certificate.py",
+        "x.id IS NOT NULL OR a.uncovered AS uncovered",
+        "a.uncovered AS uncovered",
+        f"{_QUARANTINE}::test_the_certificate_and_a_campaign_miss_it",
+    ),
+    _guard(
+        "a search begins nothing while its pipeline is paused",
+        _DECIDE,
+        "    if not f.enabled or f.paused:\n        return structs.replace(failed",
+        "    if False:\n        return structs.replace(failed",
+        f"{_BISECT}::test_nothing_is_searched_while_the_pipeline_stands",
+    ),
+    _guard(
+        "a probe is not repeated by hand",
+        _DECIDE,
+        "if f.probe_of is not None:",
+        "if False:",
+        f"{_BISECT}::test_a_probe_is_not_repeated_by_hand",
+    ),
+]
+
+MUTANTS = [
+    *RUNS,
+    *TASKS,
+    *MESSAGES,
+    *JOBS,
+    *FILES,
+    *TRIGGERS,
+    *EDITING,
+    *SPEED,
+    *COUNTING,
+    *RENAMING,
+    *QUARANTINE,
+]

@@ -223,3 +223,34 @@ def test_clocks_an_hour_fast_and_an_hour_slow(here, role):
     log = (world.directory / f"{role}.log").read_text()
     began = [datetime.fromisoformat(line.split()[0]) for line in log.splitlines() if line.endswith("is at work")]
     assert sorted(round((t - now) / timedelta(hours=1)) for t in began) == [-1, 1], "their clocks were wrong indeed"
+
+
+# --- killed in the middle of a search ---
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_role_killed_in_the_middle_of_a_search_costs_time_only(here, role):
+    """Nothing of a search is kept but its runs: whoever looks next goes on with them."""
+    world = here.world
+    world.config("c", chokes_on={"POISON": 1}, seconds=0.2)
+    world.pipeline("p", [{"name": "map", "config": "c", "quarantine_at_most": 1}])
+    for i in range(1, 9):
+        world.register(world.package(f"p{i}", "POISON\n" if i == 6 else ""))
+    here.start(*(r for r in Role if r is not role))
+
+    def probes():
+        return [r for r in world.runs() if r.probe_of is not None]
+
+    for n in (1, 3):
+        victim = here.victim(role)
+        wait_until(lambda n=n: len(probes()) >= n, what=f"probe {n}")
+        victim.send(signal.SIGKILL)
+        victim.wait()
+    here.start(role)
+    wait_until(lambda: world.all_covered(1), what="the rest is covered")
+    report = world.check(repeats=EFFECTS)
+    places = [(p.probe["first"], p.probe["last"], p.state) for p in probes() if p.failure != "withdrawn"]
+    assert places == [(1, 4, "COMPLETED"), (5, 6, "FAILED"), (5, 5, "COMPLETED"), (6, 6, "FAILED")]
+    assert report.runs == 6
+    (aside,) = world.query("SELECT k.name FROM quarantine w JOIN raw_data_package k ON k.id = w.package_id")
+    assert aside.name == "p6"

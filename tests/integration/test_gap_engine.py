@@ -18,6 +18,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -32,17 +33,31 @@ from wfm.decide import (
     EndedRun,
     GapFacts,
     MoveFacts,
+    Search,
     SoftwareVersion,
+    Tried,
     Upstream,
     choose_version,
     gap,
 )
 from wfm.errors import DocumentError
-from wfm.model import FINAL_STATES, Actor, CoverageState, FailureClass, RunState, TriggerType, VersionPolicy
+from wfm.model import (
+    FINAL_STATES,
+    OF_DATA,
+    Actor,
+    CoverageState,
+    FailureClass,
+    Probe,
+    RunState,
+    TriggerType,
+    VersionPolicy,
+)
 from wfm.revoke import Kind, State, Thing, set_state
 from wfm.roles import TriggerManager, WorkflowManager
+from wfm.schema import PINNED
 from wfm.service import open_store
 from wfm.store import WITHDRAWN, Move, Tx, failed, message
+from wfm.views import quarantine
 
 EXAMPLES = int(os.environ.get("WFM_TEST_EXAMPLES", "0"))
 """How many histories to try, each of them another one every time; 0: the few of `make test`, always the same."""
@@ -90,30 +105,40 @@ class Plain:
         self.runs: dict[tuple[int, str], list[Any]] = defaultdict(list)
         for r in tx.all("SELECT r.*, u.key FROM run r JOIN unit u ON u.id = r.unit_id ORDER BY r.id"):
             self.runs[r.step_id, r.key].append(r)
+        self.all_runs = {r.id: r for runs in self.runs.values() for r in runs}
+        self.members_read: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        self.results_read: dict[int, set[int]] = defaultdict(set)
         self.read = self._what_was_read()
+        self.quarantine: dict[tuple[int, str], list[Any]] = defaultdict(list)
+        for q in tx.all(
+            "SELECT q.*, u.key, l.key AS member, l.dims FROM quarantine q JOIN unit u ON u.id = q.unit_id"
+            " LEFT JOIN unit l ON l.id = q.member_id ORDER BY q.id"
+        ):
+            self.quarantine[q.step_id, q.key].append(q)
         self.names: dict[Hashable, str] = {}
         self.coverage: dict[Pair, Said] = {}
         self.problems: list[str] = []
 
     def _what_was_read(self) -> dict[int, Hashable]:
         """By run, everything its result comes from."""
-        members: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        members, inputs = self.members_read, self.results_read
         for m in self.tx.all(
             "SELECT r.id, m.package_id, m.item FROM run r JOIN unit_member m ON m.unit_id = r.unit_id"
             " AND m.added <= r.generation AND (m.removed IS NULL OR m.removed > r.generation)"
         ):
-            members[m.id].add((m.package_id, int(m.item)))
-        inputs: dict[int, set[int]] = defaultdict(set)
+            if _reads(self.all_runs[m.id].subset, m.package_id):
+                members[m.id].add((m.package_id, int(m.item)))
         for i in self.tx.all("SELECT run_id, upstream_run_id FROM run_input"):
             inputs[i.run_id].add(i.upstream_run_id)
         read: dict[int, Hashable] = {}
-        for r in sorted((r for runs in self.runs.values() for r in runs), key=lambda r: int(r.id)):
+        for r in sorted(self.all_runs.values(), key=lambda r: int(r.id)):
             # Upstream runs are always older: they were done before this one was made.
             upstream = frozenset(read[i] for i in inputs[r.id])
             config = self.configs.get(r.config_revision_id)
             worth = _worth(r.step_id, r.key, members[r.id], upstream, r.software_version_id, config)
-            self.made[worth].append(r)
-            read[r.id] = worth, self._places(worth).index(r.wanted)
+            if r.probe_of is None:
+                self.made[worth].append(r)
+                read[r.id] = worth, self._places(worth).index(r.wanted)
         return read
 
     def _places(self, worth: Hashable) -> list[str]:
@@ -139,8 +164,9 @@ class Plain:
         blocked: dict[int, set[str]] = {}
         inside: dict[int, dict[str, set[tuple[int, int]]]] = {}
         names: dict[int, str] = {}
+        self.dims: dict[int, str] = {}
         for s in self.tx.all("SELECT * FROM reduction_step WHERE pipeline_id = :p ORDER BY position", p=p.id):
-            names[s.id] = s.name
+            names[s.id], self.dims[s.id] = s.name, s.dims
             upstream = [d.upstream_id for d in self.tx.all("SELECT * FROM step_dependency WHERE step_id = :s", s=s.id)]
             units: dict[str, set[tuple[int, int]]] = defaultdict(set)
             for x in packages:
@@ -163,7 +189,7 @@ class Plain:
                 facts, worth = self._facts(p, s, key, units.get(key, set()), results, covered, blocked)
                 facts = msgspec.structs.replace(facts, requested=asked.get(key, False))
                 decision = gap(facts)
-                if decision.run or decision.withdraw:
+                if decision.run or decision.withdraw or decision.probe or decision.guilty or decision.release:
                     self.problems.append(f"{p.name}/{s.name} {key}: left undone: {decision}")
                 self.coverage[p.name, s.name, key] = Said(decision.state, decision.why)
                 if decision.state is CoverageState.COVERED:
@@ -191,18 +217,26 @@ class Plain:
             c=s.config_id or 0,
         )
         unusable = "all are revoked" if s.config_id and not config else ""
-        results = frozenset(covered[i][k] for _, keys, i in upstream for k in keys if k in covered[i])
         parameters = self.configs[config[0].id] if config else None
+        aside = self._aside(s, key, members, upstream, covered, version.id if version else None, parameters)
+        whole = members
+        members = {m for m in members if m[0] not in {q.package_id for q in aside}}
+        left_out = {(q.dims, q.member) for q in aside}
+        upstream = [(n, [k for k in keys if (self.dims[i], k) not in left_out], i) for n, keys, i in upstream]
+        results = frozenset(covered[i][k] for _, keys, i in upstream for k in keys if k in covered[i])
         worth = self._in_place(_worth(s.id, key, members, results, version.id if version else None, parameters))
         known = version is not None and not unusable
         runs = self.runs.get((s.id, key), [])
         active = [r for r in runs if r.state not in FINAL_STATES]
         ended = [
-            r for r in runs if r.state in FINAL_STATES and r.failure != WITHDRAWN and known and self.read[r.id] == worth
+            r
+            for r in runs
+            if r.state in FINAL_STATES and r.failure != WITHDRAWN and r.probe_of is None and known
+            if self.read[r.id] == worth
         ]
         ended.sort(key=lambda r: (r.state == RunState.COMPLETED, r.id))
         facts = GapFacts(
-            members=len(members),
+            members=len(whole),
             wanted=self._name(worth) if known else "",
             version_fault=fault,
             config_fault=unusable,
@@ -216,10 +250,22 @@ class Plain:
                 )
                 for name, keys, i in upstream
             ),
-            active=ActiveRun(active[0].id, RunState(active[0].state), self._aims_at(active[0], worth))
+            active=ActiveRun(
+                active[0].id,
+                RunState(active[0].state),
+                self._aims_at(active[0], worth),
+                probe=msgspec.convert(active[0].probe, Probe | None),
+            )
             if active
             else None,
-            ended=EndedRun(ended[-1].id, RunState(ended[-1].state), ended[-1].message) if ended else None,
+            ended=EndedRun(ended[-1].id, RunState(ended[-1].state), ended[-1].message, failure=ended[-1].failure)
+            if ended
+            else None,
+            quarantine_at_most=s.quarantine_at_most,
+            quarantined=tuple(str(q.id) for q in aside),
+            search=self._search(s, key, ended[-1], members, upstream, covered, aside)
+            if ended and s.quarantine_at_most and ended[-1].failure in OF_DATA and ended[-1].state == RunState.FAILED
+            else None,
             step_active=s.active,
             enabled=p.enabled,
             paused=p.paused_by or s.paused_by,
@@ -227,11 +273,82 @@ class Plain:
         )
         return facts, worth
 
+    def _aside(
+        self,
+        s: Any,
+        key: str,
+        members: set[tuple[int, int]],
+        upstream: Sequence[tuple[str, Sequence[str], int]],
+        covered: Mapping[int, Mapping[str, Hashable | None]],
+        version: int | None,
+        parameters: Any,
+    ) -> list[Any]:
+        """What is in quarantine: the member as the failed run read it, and what is to run the same."""
+        found = []
+        for q in self.quarantine[s.id, key]:
+            failed = self.all_runs[q.run_id]
+            config = self.configs.get(failed.config_revision_id)
+            if q.released_at is not None or (failed.software_version_id, config) != (version, parameters):
+                continue
+            if q.package_id is not None:
+                was = {m for m in self.members_read[failed.id] if m[0] == q.package_id}
+                now = {m for m in members if m[0] == q.package_id}
+                same = not upstream and bool(now) and was == now
+            else:
+                read = (self.all_runs[i] for i in self.results_read[failed.id])
+                was_read = {(r.step_id, self.read[r.id]) for r in read if self._is(r, q)}
+                inside = [i for _, keys, i in upstream if self.dims[i] == q.dims and q.member in keys]
+                is_read = {(i, covered[i][q.member]) for i in inside if q.member in covered[i]}
+                same = bool(is_read) and was_read == is_read and q.dims != s.dims
+            if same:
+                found.append(q)
+        return found[: s.quarantine_at_most]
+
+    def _is(self, run: Any, q: Any) -> bool:
+        """Whether a run is of the finer unit that is in quarantine."""
+        return bool(run.unit_id == q.member_id)
+
+    def _search(
+        self,
+        s: Any,
+        key: str,
+        failed: Any,
+        members: set[tuple[int, int]],
+        upstream: Sequence[tuple[str, Sequence[str], int]],
+        covered: Mapping[int, Mapping[str, Hashable | None]],
+        aside: Sequence[Any],
+    ) -> Search:
+        finer: dict[str, set[str]] = defaultdict(set)
+        for _, keys, i in upstream:
+            if self.dims[i] != s.dims:
+                finer[self.dims[i]] |= {k for k in keys if k in covered[i]}
+        tried = []
+        for r in self.runs[s.id, key]:
+            if r.probe_of == failed.id and r.probe["version"] == failed.version and r.state in FINAL_STATES:
+                passed = True if r.state == RunState.COMPLETED else False if r.failure in OF_DATA else None
+                if r.failure != WITHDRAWN:
+                    tried.append(Tried(r.id, r.probe["first"], r.probe["last"], passed, r.message))
+        results = [r.id for r in self.runs[s.id, key] if r.state == RunState.COMPLETED and r.probe_of is None]
+        over = [
+            q.released_reason
+            for q in self.quarantine[s.id, key]
+            if (q.run_id, q.run_version) == (failed.id, failed.version) and q.released_at is not None
+        ]
+        return Search(
+            members=max(map(len, finer.values()), default=0) if upstream else len(members),
+            most=s.quarantine_at_most,
+            tried=tuple(tried),
+            unproven=tuple(str(q.id) for q in aside if max(results, default=0) < q.run_id),
+            over=over[0] if over else "",
+        )
+
     def _name(self, worth: Hashable) -> str:
         return self.names.setdefault(worth, str(len(self.names)))
 
     def _aims_at(self, run: Any, worth: Hashable) -> str:
         """What an active run is made for. Until it is built, nothing but its digest says which results it will read."""
+        if run.probe_of is not None:
+            return self._name(self.read[run.probe_of])
         if run.state != RunState.PENDING:
             return self._name(self.read[run.id])
         (now,) = self.tx.all(
@@ -242,6 +359,14 @@ class Plain:
 
 def _worth(step: int, key: str, members: set[tuple[int, int]], upstream: frozenset[Any], *made_by: Any) -> Hashable:
     return step, key, frozenset(members), upstream, made_by
+
+
+def _reads(subset: Mapping[str, Any] | None, package: int) -> bool:
+    """Whether a run that reads this of its unit reads a package."""
+    if subset is None or subset["of"] != "packages":
+        return True
+    first, last = subset["first"] or package, subset["last"] or package
+    return bool(first <= package <= last and package not in subset["without"])
 
 
 def _key(group_by: Sequence[str], package: Any) -> str:
@@ -302,14 +427,26 @@ name: maps
 grouping: chosen
 steps:
   - {name: scan, software: copy, version: 1.0.0, group_by: [executed_obs_unit]}
-  - {name: source, software: copy, version_policy: latest, group_by: [source], depends_on: [scan]}
-  - {name: everything, software: copy, version: 1.0.0, config: settings, group_by: [], depends_on: [source, scan]}
+  - name: source
+    software: copy
+    version_policy: latest
+    group_by: [source]
+    depends_on: [scan]
+    quarantine_at_most: 2
+  - name: everything
+    software: copy
+    version: 1.0.0
+    config: settings
+    group_by: []
+    depends_on: [source, scan]
+    quarantine_at_most: 1
 ---
 kind: pipeline
 name: pinned
 grouping: chosen
 steps:
-  - {name: check, software: copy, version_policy: pinned, version: 1.0.0, config: settings, group_by: [obs_unit]}
+  - {name: check, software: copy, version_policy: pinned, version: 1.0.0, config: settings, group_by: [obs_unit],
+     quarantine_at_most: 2}
   - {name: copy, software: copy, version: 1.0.0, group_by: [obs_unit], depends_on: [check]}
 """
 
@@ -478,11 +615,15 @@ class Engine(RuleBasedStateMachine):
             )
         ]
 
-    @rule(trigger=st.sampled_from(["MANUAL", "CONTINUOUS"]), steps=st.integers(1, 2))
-    def edit_pipeline(self, trigger: str, steps: int) -> None:
-        """Manual or not; with both of its steps or one; what these were renamed to is removed, and they are new."""
+    @rule(trigger=st.sampled_from(["MANUAL", "CONTINUOUS"]), steps=st.integers(1, 2), most=st.integers(0, 2))
+    def edit_pipeline(self, trigger: str, steps: int, most: int) -> None:
+        """Manual or not; with both of its steps or one; with so many members that may be left out.
+
+        What its steps were renamed to is removed, and they are new.
+        """
+        pinned = {"version_policy": "pinned", "config": "settings", "quarantine_at_most": most}
         both = [
-            {"name": "check", "version_policy": "pinned", "config": "settings", "group_by": ["obs_unit"]},
+            {"name": "check", "group_by": ["obs_unit"], **pinned},
             {"name": "copy", "group_by": ["obs_unit"], "depends_on": ["check"]},
         ]
         body = [{"software": "copy", "version": "1.0.0", **s} for s in both[:steps]]
@@ -501,6 +642,16 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def trigger(self) -> None:
         self.act(lambda tx: acts.trigger(tx, self.called["pinned"], None, None, ACTOR))
+
+    @rule(which=numbers, all_of_it=st.booleans())
+    def release_quarantine(self, which: int, all_of_it: bool) -> None:
+        def work(tx: Tx) -> None:
+            if found := quarantine(tx.conn, location_id=1):
+                q = found[which % len(found)]
+                member = None if all_of_it else q.member
+                acts.release_quarantine(tx, q.pipeline, q.step, q.unit, member, ACTOR)
+
+        self.act(work)
 
     @rule(which=numbers)
     def cancel(self, which: int) -> None:
@@ -528,8 +679,12 @@ class Engine(RuleBasedStateMachine):
     def admit(self) -> None:
         self.act(self.workflow.admit)
 
-    @rule(seed=numbers, ends=st.sampled_from(["well", "badly", "both"]))
-    def end_runs(self, seed: int, ends: str) -> None:
+    @rule(
+        seed=numbers,
+        ends=st.sampled_from(["well", "badly", "both"]),
+        of_data=st.sampled_from([True, True, True, False]),
+    )
+    def end_runs(self, seed: int, ends: str, of_data: bool = True) -> None:
         """Some of what was built comes to an end."""
 
         def work(tx: Tx) -> None:
@@ -538,11 +693,11 @@ class Engine(RuleBasedStateMachine):
             runs = tx.lock_runs(some)
             for n, run in enumerate(list(runs.values())):
                 well = ends == "well" or (ends == "both" and n % 2 == 0)
-                self._end(tx, run, well)
+                self._end(tx, run, well, of_data)
 
         self.act(work)
 
-    def _end(self, tx: Tx, run: Any, well: bool) -> None:
+    def _end(self, tx: Tx, run: Any, well: bool, of_data: bool) -> None:
         if run.state is RunState.CANCELLING:
             tx.move([Move(run, "confirm_cancel", ACTOR)])
         elif well:
@@ -551,9 +706,11 @@ class Engine(RuleBasedStateMachine):
                 assert not refused
                 run = moved[run.id]
             product = "INSERT INTO data_product (run_id, attempt, type, path, size, checksum)"
-            tx.run(f"{product} VALUES (:run, :attempt, 'SCIENCE', 'p', 1, 'c')", run=run.id, attempt=run.attempt)
+            if run.probe_of is None:
+                tx.run(f"{product} VALUES (:run, :attempt, 'SCIENCE', 'p', 1, 'c')", run=run.id, attempt=run.attempt)
         else:
-            moved, refused = tx.move([failed(run, FailureClass.OUTPUT, "it is bad", ACTOR, 0.0)])
+            failure = FailureClass.OUTPUT if of_data else FailureClass.REJECTED
+            moved, refused = tx.move([failed(run, failure, "it is bad", ACTOR, 0.0)])
             assert not refused
 
     @rule(seed=numbers, twice=st.booleans(), backwards=st.booleans())
@@ -573,6 +730,37 @@ class Engine(RuleBasedStateMachine):
             self.trigger_manager().handle(tx, told)
 
         self.act(work)
+
+    @rule(waves=st.sampled_from([2, 4, 8, 16]), bad=st.sets(st.integers(0, NAMES - 1), min_size=1, max_size=2))
+    def go_on_with_bad_packages(self, waves: int, bad: set[int]) -> None:
+        """All packages are there, and for a while all goes as it should, but for what rests on bad ones."""
+        self.register(set(range(NAMES)), "one", 2, 0, True)
+        for _ in range(waves):
+            self.deliver(ALL, False, False)
+            self.admit()
+
+            def work(tx: Tx) -> None:
+                found = tx.find_runs("r.state = ANY(:s)", s=["STAGING_DATA", "SUBMITTED", "CANCELLING"])
+                for run in list(tx.lock_runs(sorted(found)).values()):
+                    self._end(tx, run, not self._rests_on(tx, run.id, [f"p{n}" for n in bad]), True)
+
+            self.act(work)
+
+    def _rests_on(self, tx: Tx, run: int, packages: Sequence[str]) -> bool:
+        """Whether a run of one of the steps that may leave members out rests on one of these packages."""
+        found = tx.all(
+            f"""
+            WITH RECURSIVE up(id) AS (SELECT CAST(:run AS bigint)
+                UNION SELECT i.upstream_run_id FROM up JOIN run_input i ON i.run_id = up.id)
+            SELECT 1 FROM run x JOIN reduction_step s ON s.id = x.step_id AND s.name NOT IN ('scan', 'copy')
+            WHERE x.id = :run AND EXISTS (SELECT 1 FROM up JOIN run r ON r.id = up.id JOIN unit_member m ON {PINNED}
+                JOIN raw_data_package k ON k.id = m.package_id
+                WHERE k.name = ANY(:packages) AND NOT EXISTS (SELECT 1 FROM run_input i WHERE i.run_id = r.id))
+            """,
+            run=run,
+            packages=packages,
+        )
+        return bool(found)
 
     @rule(waves=st.integers(1, 4))
     def go_on_well(self, waves: int) -> None:
@@ -616,23 +804,42 @@ class Engine(RuleBasedStateMachine):
         self.reconcile()
 
 
-def test_coverage_is_what_a_plain_recomputation_finds(servers: Servers, migrated: str) -> None:
+class Ending(Engine):
+    """Each history ends with a reconciliation."""
+
+    def teardown(self) -> None:
+        try:
+            self.reconcile()
+        finally:
+            super().teardown()
+
+
+class Searching(Ending):
+    """Each history begins in the middle of searches for what units fail on, or after them."""
+
+    begin = None  # type: ignore[assignment]
+
+    @initialize(waves=st.integers(4, 16), bad=st.sets(st.integers(0, NAMES - 1), min_size=1, max_size=3))
+    def search(self, waves: int, bad: set[int]) -> None:
+        self.reconcile()
+        self.go_on_with_bad_packages(waves, bad)
+        self.reconcile()
+
+    @rule(waves=st.integers(1, 6), bad=st.sets(st.integers(0, NAMES - 1), max_size=2))
+    def go_on(self, waves: int, bad: set[int]) -> None:
+        self.go_on_with_bad_packages(waves, bad)
+
+
+@pytest.mark.parametrize("machine", [Ending, Searching])
+def test_coverage_is_what_a_plain_recomputation_finds(
+    servers: Servers, migrated: str, machine: type[RuleBasedStateMachine]
+) -> None:
     Engine.servers, Engine.template = servers, migrated
-
-    class Ending(Engine):
-        """Each history ends with a reconciliation."""
-
-        def teardown(self) -> None:
-            try:
-                self.reconcile()
-            finally:
-                super().teardown()
-
     run_state_machine_as_test(
-        Ending,
+        machine,
         settings=settings(
             max_examples=EXAMPLES or 15,
-            stateful_step_count=20,
+            stateful_step_count=20 if machine is Ending else 10,
             deadline=None,
             derandomize=not EXAMPLES,
             # To make a history shorter takes minutes: where somebody looks for one, not in each run of the suite.

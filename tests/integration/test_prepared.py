@@ -9,11 +9,16 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.harness import ACTOR, World
 from wfm import gaps
-from wfm.gaps import evaluation, facts, membership
+from wfm.gaps import evaluation, facts, membership, quarantine
 from wfm.store import Prepared, Tx
 
 VIEW = "pg_prepared_statements"
-PREPARED = [x for module in (evaluation, facts, membership) for x in vars(module).values() if isinstance(x, Prepared)]
+PREPARED = [
+    x
+    for module in (evaluation, facts, membership, quarantine)
+    for x in vars(module).values()
+    if isinstance(x, Prepared)
+]
 
 
 @pytest.fixture

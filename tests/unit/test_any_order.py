@@ -392,6 +392,7 @@ class ModelTx(Tx):
                 active=active.id if (active := self.world.active((r.step, r.unit))) else None,
                 exit_code=r.exit_code,
                 purged=False,
+                probe_of=None,
             )
             for r in (self.db.runs[i] for i in ids if self.db.runs[i].state in FINAL_STATES)
         ]

@@ -192,6 +192,7 @@ def test_the_manifest_tells_everything() -> None:
             }
         ],
         "upstream": [],
+        "quarantined": [],
         "workspace_dir": f"{ATTEMPT}/workspace",
         "output_dir": f"{ATTEMPT}/output",
         "log_dir": f"{ATTEMPT}/logs",

@@ -93,8 +93,11 @@ def list_(
 def _about(r: RunLine) -> str:
     """What is to be said of a run beside its state."""
     if r.state in FINAL_STATES:
-        return "superseded" if r.superseded and r.state is RunState.COMPLETED else _one_line(r.message)
-    return f"waits: {r.waiting_for}" if r.waiting_for else _one_line(r.message)
+        passed = "passed" if r.probe_of else "superseded" if r.superseded else ""
+        said = passed if r.state is RunState.COMPLETED else _one_line(r.message)
+    else:
+        said = f"waits: {r.waiting_for}" if r.waiting_for else _one_line(r.message)
+    return ": ".join(filter(None, (f"probe of run {r.probe_of}" if r.probe_of else "", said)))
 
 
 def _one_line(text: str) -> str:
@@ -136,6 +139,8 @@ def _show(r: RunDetail) -> None:
             ("config", f"{r.config} revision {r.config_revision}" if r.config else ""),
             ("inputs", f"{total}: {', '.join(inputs)}{', ...' if total > len(inputs) else ''}"),
             ("without", "; ".join(map(_missing, r.partial))),
+            ("quarantined", "; ".join(f"{q.member}: {_one_line(q.reason)}" for q in r.quarantined)),
+            ("examines", f"run {r.probe_of}: {r.probe}" if r.probe else ""),
             ("asked for", f"{r.cpu:g} cores, {r.memory_gb:g} GB"),
             ("used", _used(r)),
             ("node", r.node),
@@ -255,7 +260,7 @@ def print_from(path: Path, start: int, *, err: bool = False) -> int:
 
 
 class Change(Struct, frozen=True):
-    """A run that entered a state."""
+    """A run that entered a state. `probe_of`: the failed run that it examines; None of other runs."""
 
     id: int
     pipeline: str
@@ -265,6 +270,7 @@ class Change(Struct, frozen=True):
     attempt: int
     at: datetime
     message: str
+    probe_of: int | None = None
 
 
 @runs.command()
@@ -284,7 +290,8 @@ def watch(run_id: int | None, as_json: bool) -> None:
     with context.deployment() as d:
         for c in _one(d, run_id) if run_id else _all(d):
             seen = True
-            if c.state in FINAL_STATES:
+            # That a part of a unit fails is what a search is to find out: no failure of its own.
+            if c.state in FINAL_STATES and c.probe_of is None:
                 (unhappy.discard if c.state is RunState.COMPLETED else unhappy.add)(c.id)
             if as_json:
                 output.line(c)
@@ -339,7 +346,8 @@ def _all(d: context.Deployment) -> Iterator[Change]:
         for r in reversed(found):
             if seen.get(r.id) != r.version:
                 seen[r.id] = r.version
-                yield Change(r.id, r.pipeline, r.step, r.unit, r.state, r.attempt, r.state_since, _about(r))
+                said = _about(r)
+                yield Change(r.id, r.pipeline, r.step, r.unit, r.state, r.attempt, r.state_since, said, r.probe_of)
         if nothing_left:
             return
         time.sleep(LOOK_SECONDS)
@@ -468,6 +476,7 @@ def why(target: str | None, unit: str | None, package: str | None, limit: int, a
     _explain(found)
     for line in found if unit else ():
         _show_failures(line)
+        _show_quarantined(line)
 
 
 def _with_logs(tx: Tx, line: WhyLine, settings: Settings) -> WhyLine:
@@ -511,6 +520,13 @@ def _show_failures(line: WhyLine) -> None:
         for f in line.last_failures
     ]
     output.table(("RUN", "ATTEMPT", "AT", "CLASS", "EXIT CODE", "MESSAGE", "LAST LINE OF ITS LOG"), rows, empty="")
+
+
+def _show_quarantined(line: WhyLine) -> None:
+    if line.quarantined:
+        click.echo(f"\n{line.pipeline}/{line.step}: in quarantine, it is run without these:")
+        rows = [(q.member, output.when(q.at), q.run, q.probe, _one_line(q.error)) for q in line.quarantined]
+        output.table(("MEMBER", "SINCE", "FAILED RUN", "FAILED ALONE", "MESSAGE"), rows, empty="")
 
 
 def _explain(lines: Sequence[WhyLine]) -> None:

@@ -12,6 +12,7 @@ messages. An event only says where to look first. Four functions, all set-based,
 from wfm.gaps.evaluation import Evaluated, evaluate, pairs_below, request
 from wfm.gaps.facts import revoked_results
 from wfm.gaps.membership import CHUNK, fold
+from wfm.gaps.quarantine import release
 from wfm.gaps.reconciliation import mend_tallies, reconcile
 from wfm.model import Pair
 
@@ -24,6 +25,7 @@ __all__ = [
     "mend_tallies",
     "pairs_below",
     "reconcile",
+    "release",
     "request",
     "revoked_results",
 ]

@@ -11,9 +11,10 @@ from msgspec import Struct
 
 from wfm.decide import (
     GapDecision,
+    examines,
     gap,
 )
-from wfm.gaps import membership
+from wfm.gaps import membership, quarantine
 from wfm.gaps.facts import Situation, situations, without_copies
 from wfm.model import (
     Actor,
@@ -55,7 +56,7 @@ def evaluate(tx: Tx, pairs: Iterable[Pair], actor: Actor, in_time: Callable[[], 
     return done
 
 
-_NOTHING_TO_ASK = (Why.RUN, Why.FAILED, Why.CANCELLED, Why.NO_VERSION)
+_NOTHING_TO_ASK = (Why.RUN, Why.BISECTING, Why.FAILED, Why.CANCELLED, Why.NO_VERSION)
 """Gaps that a firing does not ask for: when new input or a new version lets them run, that waits for the next one."""
 
 
@@ -130,24 +131,46 @@ def evaluate_chunk(tx: Tx, pairs: Sequence[Pair], actor: Actor, done: Evaluated)
         )
         facts = situations(tx, pairs)
         decisions = {pair: gap(f.facts) for pair, f in facts.items()}
-        starting = [pair for pair, d in decisions.items() if d.run]
+        starting = [pair for pair, d in decisions.items() if d.run or d.probe]
         for pair, names in without_copies(tx, starting).items():
-            decisions[pair] = gap(msgspec.structs.replace(facts[pair].facts, missing_copies=names))
+            if needed := tuple(n for n in names if n not in facts[pair].unread(decisions[pair].probe)):
+                decisions[pair] = gap(msgspec.structs.replace(facts[pair].facts, missing_copies=needed))
         for unwanted, reason in (
             (False, "newer input, version or config arrived before it started"),
             (True, "its step or unit is no longer part of its pipeline"),
         ):
             ids = [d.withdraw for p, d in decisions.items() if d.withdraw and facts[p].facts.unwanted is unwanted]
             _withdraw(tx, ids, reason, actor, done)
+        again = _settle_quarantine(tx, facts, decisions, actor)
         made: dict[Pair, int] = {}
         by_reason: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for pair, d in decisions.items():
             if d.run:
                 by_reason[facts[pair].cause].append(facts[pair].new_run)
+            elif d.probe:
+                run = facts[pair].probe(d.probe)
+                decisions[pair] = msgspec.structs.replace(d, reason=examines(facts[pair].facts, run["probe"]))
+                by_reason[decisions[pair].reason.removeprefix(": ")].append(run)
         for reason, rows in by_reason.items():
             made |= tx.create_runs(rows, Actor(actor.name, reason))
         done.runs.extend(made.values())
-        return _write(tx, facts, decisions, made)
+        changed = _write(tx, facts, {pair: d for pair, d in decisions.items() if pair not in again}, made)
+        # What is left out changes what these want; there are ever fewer to leave out, or to release.
+        return changed + (evaluate_chunk(tx, again, actor, done) if again else [])
+
+
+def _settle_quarantine(
+    tx: Tx, facts: Mapping[Pair, Situation], decisions: Mapping[Pair, GapDecision], actor: Actor
+) -> list[Pair]:
+    """Put into quarantine what is guilty, release what explains nothing; returns the pairs to be decided again."""
+    guilty = [facts[pair].guilty(pair, d.guilty, d.evidence) for pair, d in decisions.items() if d.guilty]
+    if guilty:
+        quarantine.set_aside(tx, guilty, actor)
+    useless = {pair: d.release for pair, d in decisions.items() if d.release}
+    for pair, reason in useless.items():
+        rows = [m.row for m in facts[pair].aside if not m.proven]
+        quarantine.release(tx, rows, Actor(actor.name, reason))
+    return [*(g.pair for g in guilty), *useless]
 
 
 def _withdraw(tx: Tx, ids: Sequence[int], reason: str, actor: Actor, done: Evaluated) -> None:
@@ -173,9 +196,11 @@ _WRITE_COVERAGE = Prepared(
             WHEN NOT d.settled THEN c.settling_since END,
         backfill_id = CASE WHEN NOT d.settled THEN c.backfill_id END,
         due_at = now() + d.due_in * interval '1 s',
-        updated_at = CASE WHEN n.new THEN now() ELSE c.updated_at END, basis = d.basis, gates = d.gates
+        updated_at = CASE WHEN n.new THEN now() ELSE c.updated_at END, basis = d.basis, gates = d.gates,
+        quarantined = d.quarantined
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS d(step_id bigint, unit_id bigint, state text, why text,
-        reason text, wanted text, covered_by bigint, settled boolean, due_in float8, basis bigint, gates bigint)
+        reason text, wanted text, covered_by bigint, settled boolean, due_in float8, basis bigint, gates bigint,
+        quarantined bigint[])
         JOIN coverage o ON (o.step_id, o.unit_id) = (d.step_id, d.unit_id)
         LEFT JOIN run r ON r.id = d.covered_by
         CROSS JOIN LATERAL (SELECT d.due_in IS NOT NULL
@@ -208,6 +233,7 @@ def _write(
                     "due_in": d.due_in,
                     "basis": facts[pair].basis,
                     "gates": facts[pair].gates,
+                    "quarantined": [m.row for m in facts[pair].aside] or None,
                 }
                 for pair, d in decisions.items()
             ]

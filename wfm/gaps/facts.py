@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -32,10 +32,12 @@ from wfm.decide import (
     wanted_digest,
     without,
 )
+from wfm.gaps.quarantine import Guilty, Inputs, Quarantined, Suspects, probe_run, subset, suspects, unchanged
 from wfm.model import (
     FanIn,
     OnStale,
     Pair,
+    Probe,
     Resources,
     RunState,
     Schedule,
@@ -51,13 +53,55 @@ TALLY_ROWS = 100
 
 
 class Situation(Struct, frozen=True):
-    """The facts of one pair, the fingerprints of what they rest on, and the run that would follow from them."""
+    """The facts of one pair, the fingerprints of what they rest on, and the run that would follow from them.
+
+    Attributes:
+        names: of pipeline, step and unit. config: hash of the parameters.
+        inputs: what the digest is made of, without `aside`. digest: of inputs, with what else is wanted.
+        aside: the members that are in quarantine. suspects: where the unit failed and members may be left out.
+    """
 
     facts: GapFacts
     basis: int
     gates: int
     cause: str
     new_run: dict[str, Any]
+    names: tuple[str, str, str]
+    config: str
+    inputs: Inputs
+    digest: Callable[[Inputs], str]
+    aside: Sequence[Quarantined]
+    suspects: Suspects | None
+
+    def guilty(self, pair: Pair, place: int, evidence: int) -> Guilty:
+        """The member at this place, to be put into quarantine."""
+        assert self.suspects is not None
+        pipeline, step, unit = self.names
+        return Guilty(
+            pair=pair,
+            location_id=self.new_run["location_id"],
+            pipeline=pipeline,
+            step=step,
+            unit=unit,
+            member=self.suspects.members[place - 1],
+            found=self.suspects,
+            evidence=evidence,
+            software_version_id=self.new_run["software_version_id"],
+            config=self.config,
+        )
+
+    def probe(self, range_: tuple[int, int]) -> dict[str, Any]:
+        """The run that tries these of its members."""
+        assert self.suspects is not None
+        return probe_run(self.new_run, self.suspects, range_, self.inputs, self.digest)
+
+    def unread(self, range_: tuple[int, int] | None) -> set[str]:
+        """Names of the members that a run does not read: in quarantine, or not in the range of a probe."""
+        left = {m.name for m in self.aside}
+        if range_ and self.suspects:
+            first, last = range_
+            left |= {m.name for m in (*self.suspects.members[: first - 1], *self.suspects.members[last:])}
+        return left
 
 
 RULES = """
@@ -98,8 +142,15 @@ FROM data_product d JOIN run r ON r.id = d.run_id WHERE d.revoked_by <> '' AND r
 """
 """The digests whose results must not be used, of units of step ``s``."""
 
+IN_QUARANTINE = """
+SELECT step_id, unit_id, string_agg(id::text, ' ' ORDER BY id) AS rows FROM quarantine
+WHERE released_at IS NULL AND step_id = ANY(CAST(:steps AS bigint[])) GROUP BY step_id, unit_id
+"""
+"""What was not released, of all units of some steps: few have any."""
+
 FINGERPRINTS = """
-hashtextextended(ROW(rules.basis, u.generation, up.seen, rv.digests)::text, 0) AS basis,
+hashtextextended(ROW(rules.basis, u.generation, up.seen, rv.digests)::text
+    || coalesce(' without ' || qu.rows || ' of ' || s.quarantine_at_most, ''), 0) AS basis,
 hashtextextended(ROW(rules.gates, c.requested, c.paused_by, c.paused_reason, b)::text, 0) AS gates
 """
 """Of one pair: all facts that `gap` looks at, except runs, whose moves write coverage, and time, for which it is due.
@@ -119,11 +170,12 @@ _SITUATIONS = Prepared(
         JOIN unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS w(step_id, unit_id)
             ON (w.step_id, w.unit_id) = (c.step_id, c.unit_id)
         ORDER BY c.step_id, c.unit_id FOR NO KEY UPDATE OF c),
-    rules AS MATERIALIZED ({RULES} WHERE s.id = ANY(CAST(:steps AS bigint[])))
+    rules AS MATERIALIZED ({RULES} WHERE s.id = ANY(CAST(:steps AS bigint[]))),
+    qu AS MATERIALIZED ({IN_QUARANTINE})
     SELECT c.step_id, c.unit_id, c.requested, c.requested_for, s.name AS step, s.identity, s.active AS step_active,
         s.version_policy, s.version AS named_version, s.software_id, sw.name AS software, s.resources,
         s.cooldown_seconds, s.paused_by AS step_paused_by, s.paused_reason AS step_paused_reason,
-        s.on_stale, s.approval_units, s.approval_core_hours,
+        s.on_stale, s.approval_units, s.approval_core_hours, s.quarantine_at_most,
         p.name AS pipeline, p.id AS pipeline_id, p.location_id, p.priority, p.stale_priority,
         p.enabled AND p.deleted_at IS NULL AS enabled,
         p.paused_by, p.paused_reason, p.trigger_type, p.trigger_config, now() AS now,
@@ -133,7 +185,9 @@ _SITUATIONS = Prepared(
         s.dims, s.group_by, u.dims AS unit_dims, u.key AS unit, u.members, u.digest, u.generation,
         cf.name AS config, cr.id AS config_id,
         cr.revision AS config_revision, coalesce(cr.hash, '') AS config_hash,
-        a.id AS active_id, a.state AS active_state, a.wanted AS active_wanted, a.missing AS active_missing,
+        a.id AS active_id, a.state AS active_state, a.missing AS active_missing, a.probe AS active_probe,
+        CASE WHEN a.probe_of IS NULL THEN a.wanted ELSE (SELECT f.wanted FROM run f WHERE f.id = a.probe_of)
+            END AS active_wanted,
         prev.id AS prev_id, prev.wanted AS prev_wanted, prev.generation AS prev_generation,
         prev.software_version_id AS prev_version_id, psw.name AS prev_software, pv.version AS prev_version,
         coalesce(pc.hash, '') AS prev_config_hash,
@@ -145,7 +199,7 @@ _SITUATIONS = Prepared(
         extract(epoch FROM now() - c.settling_since)::float AS settling_seconds,
         CASE WHEN s.cooldown_seconds > 0 THEN extract(epoch FROM now() - (SELECT max(created_at) FROM run r
             WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.failure <> :withdrawn
-                AND r.id IS DISTINCT FROM a.id))::float END AS since_last_run,
+                AND r.id IS DISTINCT FROM a.id AND r.probe_of IS NULL))::float END AS since_last_run,
         up.steps AS upstream, {FINGERPRINTS}
     FROM c JOIN rules ON rules.step_id = c.step_id
     JOIN reduction_step s ON s.id = c.step_id JOIN pipeline p ON p.id = s.pipeline_id
@@ -155,7 +209,7 @@ _SITUATIONS = Prepared(
     LEFT JOIN config_revision pc ON pc.id = prev.config_revision_id
     LEFT JOIN backfill b ON b.id = c.backfill_id
     -- One by one, from its index: in the transaction of a flood nobody knows yet how many active runs there are.
-    LEFT JOIN LATERAL (SELECT id, state, wanted, missing FROM run r
+    LEFT JOIN LATERAL (SELECT id, state, wanted, missing, probe_of, probe FROM run r
         WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.finished_at IS NULL LIMIT 1) a ON true
     LEFT JOIN config cf ON cf.id = s.config_id
     LEFT JOIN LATERAL (SELECT id, revision, hash FROM config_revision WHERE config_id = s.config_id
@@ -163,6 +217,7 @@ _SITUATIONS = Prepared(
         ORDER BY revision DESC LIMIT 1) cr ON true
     LEFT JOIN LATERAL ({UPSTREAM}) up ON true
     LEFT JOIN LATERAL ({REVOKED} AND r.unit_id = c.unit_id GROUP BY r.unit_id) rv ON true
+    LEFT JOIN qu ON (qu.step_id, qu.unit_id) = (c.step_id, c.unit_id)
     """,
 )
 
@@ -184,23 +239,28 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
     ):
         versions[v.software_id].append(SoftwareVersion(v.id, v.version, v.state))
     revoked = revoked_results(tx, pairs)
+    in_quarantine = unchanged(tx, pairs)
 
     @cache
     def chosen(policy: str, named: str, software: int) -> tuple[SoftwareVersion | None, str]:
         return choose_version(VersionPolicy(policy), named, versions[software])
 
     known = {}
+    aside: dict[Pair, list[Quarantined]] = {}
     for r in rows:
+        pair = r.step_id, r.unit_id
         version, fault = chosen(r.version_policy, r.named_version, r.software_id)
         upstream = tuple(msgspec.convert(z, Upstream, strict=False) for z in r.upstream or ())
-        by_step = {u.identity: u.digest for u in upstream}
-        wanted = ""
-        if version and not _config_fault(r):
-            own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
-            wanted = wanted_digest(*own, by_step, r.software, version.version, r.config_hash)
-            wanted = in_place_of_revoked(wanted, revoked[r.step_id, r.unit_id])
-        known[r.step_id, r.unit_id] = (r, version, fault, upstream, wanted)
+        # What failed is left out as long as it would run as it was: another version or config may do better.
+        same = [m for m in in_quarantine[pair] if version and _runs(m) == (version.id, r.config_hash)]
+        aside[pair] = same[: r.quarantine_at_most]
+        inputs = Inputs(int(r.digest), r.members, upstream).without(aside[pair])
+        wanted = _digest(r, version, revoked[pair], inputs) if version and not _config_fault(r) else ""
+        known[pair] = (r, version, fault, inputs, wanted)
     ended = _ended(tx, {pair: k[4] for pair, k in known.items() if k[4]})
+    failed = {pair: e for pair, e in ended.items() if e.of_data and _may_search(*known[pair])}
+    most = {pair: known[pair][0].quarantine_at_most for pair in failed}
+    among = suspects(tx, failed, most, aside, {pair: known[pair][3] for pair in failed})
     plans = _plans(tx, [(r.step_id, r.unit_id) for r in rows if r.fan_in == FanIn.COMPLETE])
     wishes = _wishes(tx, {r.step_id: (v.id, r.config_id) for r, v, _, _, wanted in known.values() if wanted and v})
 
@@ -221,9 +281,27 @@ def situations(tx: Tx, pairs: Sequence[Pair]) -> dict[Pair, Situation]:
             next_time(k[0]),
             revoked[pair],
             _held(tx, k[0], k[1], wishes, revoked[pair]),
+            aside[pair],
+            among.get(pair),
         )
         for pair, k in known.items()
     }
+
+
+def _runs(m: Quarantined) -> tuple[int, str]:
+    return m.software_version_id, m.config
+
+
+def _may_search(r: Any, _version: Any, _fault: str, _inputs: Inputs, wanted: str) -> bool:
+    """Whether members of a failed unit may be left out, and no run of it is on its way that goes on all the same."""
+    return bool(r.quarantine_at_most) and not (r.active_id and r.active_wanted == wanted)
+
+
+def _digest(r: Any, version: SoftwareVersion, revoked: Collection[str], inputs: Inputs) -> str:
+    """What a run of a pair with these inputs must have."""
+    own = own_members(FanIn(r.fan_in), inputs.items, inputs.members)
+    wanted = wanted_digest(*own, inputs.results, r.software, version.version, r.config_hash)
+    return in_place_of_revoked(wanted, revoked)
 
 
 def _wishes(tx: Tx, wanted: Mapping[int, tuple[int, int | None]]) -> dict[int, Wish]:
@@ -260,7 +338,7 @@ def _new_wishes(tx: Tx, wanted: Mapping[int, tuple[int, int | None]], new: Seque
                 AND (r.software_version_id, rc.hash) IS DISTINCT FROM (w.version_id, wc.hash)
                 AND NOT EXISTS (SELECT 1 FROM run o LEFT JOIN config_revision oc ON oc.id = o.config_revision_id
                     WHERE (o.step_id, o.unit_id, o.generation) = (c.step_id, c.unit_id, u.generation)
-                        AND o.state = 'COMPLETED' AND o.software_version_id = w.version_id
+                        AND o.state = 'COMPLETED' AND o.probe_of IS NULL AND o.software_version_id = w.version_id
                         AND oc.hash IS NOT DISTINCT FROM wc.hash)) n
         ORDER BY w.step_id RETURNING *
         """,
@@ -381,13 +459,14 @@ _ENDED = Prepared(
     """
     SELECT DISTINCT ON (r.step_id, r.unit_id) r.step_id, r.unit_id, r.id, r.state, r.message,
         CASE r.state WHEN 'FAILED' THEN (SELECT count(*) FROM run f JOIN transition t ON t.run_id = f.id
-            WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND t.trigger = 'fail') ELSE 0 END AS failures,
-        r.missing
+            WHERE (f.step_id, f.unit_id, f.wanted) = (q.s, q.u, q.w) AND f.probe_of IS NULL AND t.trigger = 'fail')
+            ELSE 0 END AS failures,
+        r.missing, r.failure
     FROM unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[]), CAST(:wanted AS text[])) AS q(s, u, w)
     JOIN run r ON (r.step_id, r.unit_id, r.wanted) = (q.s, q.u, q.w)
-    WHERE r.finished_at IS NOT NULL AND r.failure <> :withdrawn AND NOT (r.state = 'COMPLETED' AND EXISTS (
-        SELECT 1 FROM task t WHERE t.run_id = r.id AND t.attempt = r.attempt AND t.kind = 'purge'
-            AND t.state <> 'closed'))
+    WHERE r.finished_at IS NOT NULL AND r.probe_of IS NULL AND r.failure <> :withdrawn
+        AND NOT (r.state = 'COMPLETED' AND EXISTS (SELECT 1 FROM task t
+            WHERE t.run_id = r.id AND t.attempt = r.attempt AND t.kind = 'purge' AND t.state <> 'closed'))
     ORDER BY r.step_id, r.unit_id, r.state = 'COMPLETED' DESC, r.id DESC
     """,
 )
@@ -403,7 +482,9 @@ def _ended(tx: Tx, wanted: Mapping[Pair, str]) -> dict[Pair, EndedRun]:
         withdrawn=WITHDRAWN,
     )
     return {
-        (r.step_id, r.unit_id): EndedRun(r.id, RunState(r.state), r.message, tuple(r.missing), failures=r.failures)
+        (r.step_id, r.unit_id): EndedRun(
+            r.id, RunState(r.state), r.message, tuple(r.missing), failures=r.failures, failure=r.failure
+        )
         for r in rows
     }
 
@@ -412,13 +493,15 @@ def _situation(
     r: Any,
     version: SoftwareVersion | None,
     fault: str,
-    upstream: tuple[Upstream, ...],
+    inputs: Inputs,
     wanted: str,
     ended: EndedRun | None,
     planned: ObservingPlan | None,
     not_due: str,
     revoked: Collection[str],
     held: str,
+    aside: Sequence[Quarantined],
+    among: Suspects | None,
 ) -> Situation:
     paused = ""
     for what, by, reason in (
@@ -430,16 +513,21 @@ def _situation(
         if by:
             paused = f"{what} paused by {by}" + (f": {reason}" if reason else "")
             break
-    by_step = {u.identity: u.digest for u in upstream}
     facts = GapFacts(
         members=r.members,
         wanted=wanted,
         version_fault=fault,
         config_fault=_config_fault(r),
-        upstream=upstream,
+        upstream=inputs.upstream,
         fan_in=FanIn(r.fan_in),
         accepted_results=r.accepted_results or 0,
-        active=ActiveRun(r.active_id, RunState(r.active_state), r.active_wanted, tuple(r.active_missing))
+        active=ActiveRun(
+            r.active_id,
+            RunState(r.active_state),
+            r.active_wanted,
+            tuple(r.active_missing),
+            probe=msgspec.convert(r.active_probe, Probe | None),
+        )
         if r.active_id
         else None,
         ended=ended,
@@ -459,6 +547,9 @@ def _situation(
         held=held,
         revoked=r.prev_revoked or r.prev_wanted in revoked,
         plan=planned,
+        quarantine_at_most=r.quarantine_at_most,
+        quarantined=tuple(m.name for m in aside),
+        search=among.search if among else None,
     )
     resources = msgspec.convert(r.resources, Resources)
     new_run = {
@@ -476,17 +567,30 @@ def _situation(
         "cpu": resources.cpu,
         "memory_gb": resources.memory_gb,
         "missing": planned.missing if planned else (),
+        "subset": msgspec.to_builtins(subset(aside)),
     }
     accepted = r.prev_wanted and AcceptedRun(r.prev_wanted, r.prev_software, r.prev_version, r.prev_config_hash)
-    own = own_members(FanIn(r.fan_in), int(r.digest), r.members)
-    now_wanted = (*own, by_step, r.software, version.version if version else "", r.config_hash)
+    own = own_members(FanIn(r.fan_in), inputs.items, inputs.members)
+    now_wanted = (*own, inputs.results, r.software, version.version if version else "", r.config_hash)
     why = cause(accepted, *now_wanted, revoked=revoked)
     if r.requested_for and (r.requested or r.active_id):
         why += f"; {r.requested_for}"
     if r.backfill_id:
         why += f"; backfill {r.backfill}"
     why += without(planned.missing if planned else ())
-    return Situation(facts, r.basis, r.gates, why, new_run)
+    return Situation(
+        facts=facts,
+        basis=r.basis,
+        gates=r.gates,
+        cause=why,
+        new_run=new_run,
+        names=(r.pipeline, r.step, r.unit),
+        config=r.config_hash,
+        inputs=inputs,
+        digest=lambda inputs: _digest(r, version, revoked, inputs) if version else "",
+        aside=aside,
+        suspects=among,
+    )
 
 
 def _priority(r: Any) -> int:

@@ -17,7 +17,7 @@ from wfm.decide import (
 )
 from wfm.gaps import evaluation
 from wfm.gaps.evaluation import Evaluated
-from wfm.gaps.facts import FINGERPRINTS, REVOKED, RULES, UPSTREAM, limits
+from wfm.gaps.facts import FINGERPRINTS, IN_QUARANTINE, REVOKED, RULES, UPSTREAM, limits
 from wfm.gaps.membership import CHUNK, Pipeline, fold_chunk, fold_ids, group_bys, pipelines_at
 from wfm.model import (
     Actor,
@@ -76,6 +76,7 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
         WITH rules AS MATERIALIZED ({RULES} WHERE s.id = :step),
         revoked AS MATERIALIZED (SELECT z.* FROM reduction_step s
             CROSS JOIN LATERAL ({REVOKED} GROUP BY r.unit_id) z WHERE s.id = :step),
+        qu AS MATERIALIZED ({IN_QUARANTINE}),
         purged AS MATERIALIZED (SELECT DISTINCT t.run_id FROM task t JOIN run r ON r.id = t.run_id
             WHERE t.kind = 'purge' AND t.state <> 'closed' AND t.attempt = r.attempt AND r.step_id = :step)
         SELECT array_agg(z.unit_id ORDER BY z.unit_id) AS units FROM (
@@ -87,7 +88,7 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
             LEFT JOIN run a ON (a.step_id, a.unit_id) = (:step, u.id) AND a.finished_at IS NULL
             LEFT JOIN run f ON f.step_id = :step AND f.id = c.run_id AND f.state IN ('FAILED', 'CANCELLED')
             LEFT JOIN purged g ON g.run_id = c.run_id
-            LEFT JOIN revoked rv ON rv.unit_id = u.id
+            LEFT JOIN revoked rv ON rv.unit_id = u.id LEFT JOIN qu ON qu.unit_id = u.id
             {f"LEFT JOIN LATERAL ({UPSTREAM}) up ON true" if step.nested else "CROSS JOIN (SELECT NULL AS seen) up"}
             WHERE u.pipeline_id = :pipeline AND u.dims = :dims AND (s.active OR c.step_id IS NOT NULL)) z
         WHERE z.state IS NULL OR z.had_basis IS DISTINCT FROM z.basis
@@ -97,6 +98,7 @@ def _undecided(tx: Tx, step: Any) -> list[int]:
             OR z.state = 'covered' AND (z.gone OR z.requested)
         """,
         step=step.id,
+        steps=[step.id],
         dims=step.dims,
         pipeline=step.pipeline_id,
         limits=limits(tx),

@@ -31,6 +31,7 @@ from wfm.views.coverage import (
     CHANGE,
     CoverageLine,
     FailureLine,
+    InQuarantine,
     NotSelected,
     PackageWhy,
     RunBrief,
@@ -68,6 +69,7 @@ from wfm.views.lists import (
 )
 from wfm.views.planned import AbsenceLine, PlanLine, absences, planned
 from wfm.views.provenance import LineageKind, LineageNode, find_product, lineage, mermaid, tree
+from wfm.views.quarantine import QuarantineLine, quarantine
 from wfm.views.run_lines import (
     SHOWN,
     ProductLine,
@@ -108,6 +110,7 @@ __all__ = [
     "EventLine",
     "EventPage",
     "FailureLine",
+    "InQuarantine",
     "LineageKind",
     "LineageNode",
     "NotSelected",
@@ -119,6 +122,7 @@ __all__ = [
     "PipelineLine",
     "PlanLine",
     "ProductLine",
+    "QuarantineLine",
     "ReasonLine",
     "RuleCount",
     "RunBrief",
@@ -159,6 +163,7 @@ __all__ = [
     "packages",
     "pipelines",
     "planned",
+    "quarantine",
     "run_detail",
     "runs",
     "step_costs",

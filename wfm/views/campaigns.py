@@ -9,7 +9,7 @@ from msgspec import Struct
 from sqlalchemy import Connection
 
 from wfm.model import CoverageState, ProductType, Why
-from wfm.views.coverage import CoverageLine, WhyLine, coverage_summary, why
+from wfm.views.coverage import CoverageLine, WhyLine, coverage_summary, of_members, why
 from wfm.views.sql import _all, _require, _require_location, _rows
 
 _CAMPAIGNS_HERE = """
@@ -70,8 +70,8 @@ class CampaignDetail(CampaignLine, frozen=True, kw_only=True):
     """A campaign in full.
 
     Attributes:
-        complete: all of it is covered, and nothing in it was revoked.
-        missing: why what is not covered is not, those that need somebody first.
+        complete: all of it is covered, nothing in it was revoked, and no member of it is in quarantine.
+        missing: why what is not covered is not, those that need somebody first; and what is covered without a member.
         revoked: packages that are in it all the same: it is frozen.
     """
 
@@ -130,12 +130,13 @@ def campaign(conn: Connection, name: str, location_id: int) -> CampaignDetail:
     covered = {c.step: c for c in coverage_summary(conn, location_id, name)}
     steps = [_step(row, covered[str(row["step"])]) for row in _all(conn, _PINNED, name=name)]
     revoked = _rows(conn, RevokedMember, _REVOKED, name=name)
+    missing = _missing(conn, name, location_id)
     return CampaignDetail(
         **{field: getattr(line, field) for field in CampaignLine.__struct_fields__},
-        complete=line.covered == line.units and not revoked,
+        complete=line.covered == line.units and not revoked and all(m.why is not Why.QUARANTINED for m in missing),
         revoked=revoked,
         steps=steps,
-        missing=_missing(conn, name, location_id),
+        missing=missing,
     )
 
 
@@ -167,6 +168,8 @@ def _missing(conn: Connection, name: str, location_id: int) -> list[ReasonLine]:
     for line in why(conn, pipeline=name, location_id=location_id, limit=10_000):
         if line.state is not CoverageState.COVERED:
             lines[line.step, line.why].append(line)
+        elif line.quarantined:
+            lines[line.step, Why.QUARANTINED].append(of_members(line, [q.member for q in line.quarantined]))
     return [ReasonLine(step, reason, len(found), found[0]) for (step, reason), found in lines.items()]
 
 

@@ -14,8 +14,9 @@ from wfm import grouping
 from wfm.decide import NOT_ASKED_FOR, standing
 from wfm.model import Standing, Why
 from wfm.schema import executed_obs_unit, raw_data_package
-from wfm.views.coverage import WhyLine, explain
+from wfm.views.coverage import WhyLine, explain, of_members
 from wfm.views.planned import PlanLine, planned
+from wfm.views.quarantine import PACKAGES_LEFT_OUT
 from wfm.views.sql import _OF_PIPELINE, _PIPELINES_HERE, _all, _require, _require_location, _rows
 
 IN_FORCE = "w.ended_at IS NULL AND w.until > now()"
@@ -139,6 +140,7 @@ class _Pair(Struct, frozen=True):
     step_id: int
     unit_id: int
     why: Why
+    aside: list[str] = []
 
 
 def certificate(conn: Connection, night: date, *, location_id: int, pipeline: str | None = None) -> Certificate:
@@ -179,7 +181,10 @@ def certificate(conn: Connection, night: date, *, location_id: int, pipeline: st
 
 
 def _look(conn: Connection, asked: Mapping[str, object]) -> tuple[list[_Package], dict[int, _Pair]]:
-    """The packages of the night; the pairs that are neither covered nor waived, by the numbers that packages name."""
+    """The packages of the night; the pairs that are neither covered nor waived, by the numbers that packages name.
+
+    So are those that are covered without some of the packages, for these.
+    """
     (row,) = _all(
         conn,
         f"""
@@ -189,7 +194,7 @@ def _look(conn: Connection, asked: Mapping[str, object]) -> tuple[list[_Package]
         pair AS MATERIALIZED (
             SELECT row_number() OVER () AS id, p.name AS pipeline, s.name AS step, u.key AS unit, s.id AS step_id,
                 u.id AS unit_id, p.id AS pipeline_id, coalesce(c.why, 'arrivals_not_sorted_yet') AS why,
-                c.state IS DISTINCT FROM 'covered' AS uncovered,
+                c.state IS DISTINCT FROM 'covered' AS uncovered, c.quarantined IS NOT NULL AS partial,
                 EXISTS (SELECT 1 FROM waiver w WHERE (w.step_id, w.unit_id) = (s.id, u.id) AND {IN_FORCE}) AS waived
             FROM (SELECT DISTINCT unit_id FROM member) x JOIN unit u ON u.id = x.unit_id
             JOIN pipeline p ON p.id = u.pipeline_id AND p.location_id = :loc AND p.enabled AND p.deleted_at IS NULL
@@ -199,17 +204,30 @@ def _look(conn: Connection, asked: Mapping[str, object]) -> tuple[list[_Package]
         pending AS MATERIALIZED (SELECT DISTINCT (body ->> 'raw_data_package')::bigint AS package_id FROM event
             WHERE location_id = :loc AND type = 'data.arrived' AND done_at IS NULL
                 AND jsonb_typeof(body -> 'raw_data_package') = 'number'),
+        -- A covered pair without some of its packages is an open one of these, under a number of its own.
+        aside AS MATERIALIZED (SELECT DISTINCT a.id, x.member, x.package_id FROM pair a JOIN ({PACKAGES_LEFT_OUT}) x
+            ON (x.step_id, x.unit_id) = (a.step_id, a.unit_id) WHERE a.partial AND NOT a.uncovered),
+        asked AS (
+            SELECT m.package_id, a.pipeline_id, a.waived, x.id IS NOT NULL OR a.uncovered AS uncovered,
+                CASE WHEN x.id IS NULL THEN a.id ELSE -a.id END AS id
+            FROM member m JOIN pair a ON a.unit_id = m.unit_id
+            LEFT JOIN aside x ON (x.id, x.package_id) = (a.id, m.package_id)),
         stands AS (
             SELECT n.id, n.name, q.package_id IS NOT NULL AS pending,
                 EXISTS (SELECT 1 FROM waiver w WHERE w.package_id = n.id AND {IN_FORCE}) AS waived,
                 coalesce(array_agg(DISTINCT a.pipeline_id) FILTER (WHERE a.id IS NOT NULL), '{{}}') AS pipelines,
                 coalesce(bool_or(a.uncovered AND a.waived), false) AS pairs_waived,
                 coalesce(array_agg(a.id) FILTER (WHERE a.uncovered AND NOT a.waived), '{{}}') AS open
-            FROM night n LEFT JOIN member m ON m.package_id = n.id LEFT JOIN pair a ON a.unit_id = m.unit_id
+            FROM night n LEFT JOIN asked a ON a.package_id = n.id
             LEFT JOIN pending q ON q.package_id = n.id
             GROUP BY n.id, n.name, q.package_id)
         SELECT (SELECT coalesce(jsonb_agg(to_jsonb(t) ORDER BY t.name COLLATE "C"), '[]') FROM stands t) AS packages,
-            (SELECT coalesce(jsonb_agg(to_jsonb(a)), '[]') FROM pair a WHERE a.uncovered AND NOT a.waived) AS pairs
+            (SELECT coalesce(jsonb_agg(to_jsonb(a)), '[]') FROM (
+                SELECT id, pipeline, step, unit, step_id, unit_id, why, '[]'::jsonb AS aside FROM pair a
+                WHERE a.uncovered AND NOT a.waived
+                UNION ALL SELECT -a.id, a.pipeline, a.step, a.unit, a.step_id, a.unit_id, 'quarantined', x.members
+                FROM pair a JOIN (SELECT id, jsonb_agg(DISTINCT member) AS members FROM aside GROUP BY id) x
+                    ON x.id = a.id WHERE NOT a.waived) a) AS pairs
         """,
         **asked,
     )
@@ -244,11 +262,14 @@ def _open_units(conn: Connection, packages: Sequence[_Package], pairs: Mapping[i
         for i in () if p.waived else p.open:
             names[i].append(p.name)
     holding = {(pairs[i].pipeline, pairs[i].step, pairs[i].unit): named for i, named in names.items()}
+    aside = {(x.pipeline, x.step, x.unit): x.aside for i in names if (x := pairs[i]).aside}
     lines = explain(conn, [(pairs[i].step_id, pairs[i].unit_id) for i in names])
     found = []
     for line in lines:
         named = holding[line.pipeline, line.step, line.unit]
-        found.append(OpenUnit(**structs.asdict(line), packages=len(named), example=named[0]))
+        members = aside.get((line.pipeline, line.step, line.unit))
+        said = of_members(line, members) if members else line
+        found.append(OpenUnit(**structs.asdict(said), packages=len(named), example=named[0]))
     return sorted(found, key=lambda u: -u.packages)
 
 

@@ -14,9 +14,10 @@ from sqlalchemy import Connection, exists, literal, select, union_all
 from wfm import grouping
 from wfm.decide import due_text, due_times
 from wfm.errors import NotFoundError
-from wfm.model import CoverageState, FanIn, Pair, RunState, Schedule, Why
+from wfm.model import OF_DATA, CoverageState, FanIn, Pair, RunState, Schedule, Why
 from wfm.schema import UNITS_INSIDE, UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN
+from wfm.views.quarantine import MEMBER, PACKAGES_LEFT_OUT
 from wfm.views.sql import (
     _OF_PIPELINE,
     _PACKAGES,
@@ -65,6 +66,16 @@ class FailureLine(Struct, frozen=True, kw_only=True):
     log: str = ""
 
 
+class InQuarantine(Struct, frozen=True):
+    """A member that a unit is run without: since when, on what evidence, and how it failed."""
+
+    member: str
+    at: datetime
+    run: int
+    probe: int
+    error: str
+
+
 class WhyLine(Struct, frozen=True, kw_only=True):
     """Why one (step, unit) is as it is, and what would change that.
 
@@ -77,6 +88,7 @@ class WhyLine(Struct, frozen=True, kw_only=True):
             lie several steps up.
         failures: how many attempts failed with the inputs, version and config that are wanted now, by all runs, however
             often they were repeated. last_failures: the newest of them.
+        quarantined: the members that it is run without since it fails on them.
         change: one sentence for people.
     """
 
@@ -96,12 +108,14 @@ class WhyLine(Struct, frozen=True, kw_only=True):
     upstream: list[UpstreamUnit] = []
     failures: int = 0
     last_failures: list[FailureLine] = []
+    quarantined: list[InQuarantine] = []
     change: str = ""
 
 
 CHANGE: dict[Why, str] = {
-    Why.COVERED: "nothing needs to be done; new input, version or config makes it a gap again",
+    Why.COVERED: "nothing needs to be done; new input, version or config makes it a gap again{aside}",
     Why.RUN: "{run} goes on by itself{waiting}; `wfm runs watch` follows it, `wfm runs cancel` stops it",
+    Why.BISECTING: "{run} goes on by itself{waiting}; what is found follows from it",
     Why.NEWER_INPUT: "when {run} has ended, the newer input, version or config gets a run of its own",
     Why.UPSTREAM: "{needed}, {open} of {total} are not: {upstream}",
     Why.UPSTREAM_FAILED: "mend what stopped upstream: {upstream}",
@@ -120,9 +134,10 @@ CHANGE: dict[Why, str] = {
     Why.REVOKED: "`wfm approve {pipeline}/{step}`; its older result does not count",
     Why.PAUSED: "`wfm {paused}`",
     Why.DISABLED: "{enable}",
-    Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config",
+    Why.FAILED: "fix the cause, then `wfm runs retry {failed}`{logs}; or new input, version or config{search}",
     Why.CANCELLED: "`wfm runs retry {failed}`; or new input, version or config",
     Why.ORPHANED: "nothing is to be done, its results stay; grouped as before, they count again",
+    Why.QUARANTINED: "new content of it, another version or config, or {release}",
     Why.EMPTY: "a raw data package that belongs to this unit",
 }
 """What would change each reason; `_change` fills in the particulars."""
@@ -160,12 +175,13 @@ LEFT JOIN LATERAL (
 }) z
     ORDER BY state = 'blocked' DESC, key LIMIT :first) o ON n.covered < n.total
 """
+_UTC = """to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 _BRIEF = "r.id, r.state, r.attempt, r.waiting_for, r.failure, r.exit_code, r.message"
 # For a row of coverage c: the run that failed or was cancelled, of the wanted digest before others.
 _FAILED = f"""
 SELECT {_BRIEF} FROM run r
 WHERE (r.step_id, r.unit_id) = (c.step_id, c.unit_id) AND r.state IN ('FAILED', 'CANCELLED')
-    AND r.failure <> '{WITHDRAWN}' AND (r.wanted = c.wanted OR r.id > coalesce(c.run_id, 0))
+    AND r.failure <> '{WITHDRAWN}' AND r.probe_of IS NULL AND (r.wanted = c.wanted OR r.id > coalesce(c.run_id, 0))
 ORDER BY r.wanted = c.wanted DESC, r.id DESC LIMIT 1
 """
 _PAIRS = "unnest(CAST(:steps AS bigint[]), CAST(:units AS bigint[])) AS q(step_id, unit_id)"
@@ -191,6 +207,9 @@ class _Situation(WhyLine, frozen=True, kw_only=True):
     now: datetime
     unit_paused: bool
     paused_backfill: str
+    quarantine_at_most: int
+    members: int
+    inside: int
 
 
 def why(
@@ -329,7 +348,13 @@ def explain(conn: Connection, pairs: Sequence[Pair]) -> list[WhyLine]:
             p.paused_by <> '' AS pipeline_paused, s.paused_by <> '' AS step_paused,
             coalesce(c.paused_by, '') <> '' AS unit_paused, coalesce((SELECT b.name FROM backfill b
                 WHERE b.state = 'paused' AND b.id = coalesce(c.backfill_id, a.backfill_id)), '') AS paused_backfill,
-            p.trigger_config, s.fan_in, now() AS now
+            p.trigger_config, s.fan_in, now() AS now, s.quarantine_at_most, u.members,
+            CASE WHEN c.why = 'failed' THEN (SELECT count(*) FROM unit_edge e WHERE e.upper_id = u.id) ELSE 0 END
+                AS inside,
+            CASE WHEN c.quarantined IS NULL THEN '[]' ELSE (
+                SELECT jsonb_agg(jsonb_build_object('member', {MEMBER}, 'at', {_UTC.format("w.created_at")},
+                    'run', w.run_id, 'probe', w.probe_id, 'error', r.message) ORDER BY w.id)
+                FROM quarantine w JOIN run r ON r.id = w.probe_id WHERE w.id = ANY(c.quarantined)) END AS quarantined
         FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id
         JOIN unit u ON u.id = q.unit_id
         LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
@@ -407,10 +432,11 @@ def _failures(conn: Connection, pairs: Sequence[_Situation]) -> dict[tuple[int, 
             SELECT count(*) AS times, jsonb_agg(to_jsonb(z) - 'n' ORDER BY n) FILTER (WHERE n <= :first) AS last
             FROM (
                 SELECT r.id AS run, t.attempt, t.failure, t.exit_code, t.reason AS message,
-                    to_char(t.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS at,
+                    {_UTC.format("t.at")} AS at,
                     row_number() OVER (ORDER BY t.at DESC, r.id DESC, t.version DESC) AS n
                 FROM run r JOIN transition t ON t.run_id = r.id AND t.trigger = 'fail'
-                WHERE (r.step_id, r.unit_id, r.wanted) = (c.step_id, c.unit_id, c.wanted)) z) f
+                WHERE (r.step_id, r.unit_id, r.wanted) = (c.step_id, c.unit_id, c.wanted)
+                    AND r.probe_of IS NULL) z) f
         WHERE f.times > 0
         """,
         steps=[p.step_id for p in pairs],
@@ -477,6 +503,36 @@ def _change(s: _Situation) -> str:
         paused="` and `wfm ".join(paused) or f"resume {s.pipeline}",
         enable=f"`wfm enable {s.pipeline}`" if s.step_active else f"apply {s.pipeline} with the step {s.step} in it",
         next=next_times(s.trigger_config, s.now) if s.why is Why.NOT_DUE else "",
+        aside=f"; what it leaves out is used again with {_release(s)}" if s.quarantined else "",
+        search=_would_search(s),
+        release=_release(s),
+    )
+
+
+def _release(s: WhyLine, member: str = "") -> str:
+    return (
+        f"`wfm quarantine release {' '.join(filter(None, (f'{s.pipeline}/{s.step}', s.unit, member)))} --reason TEXT`"
+    )
+
+
+def _would_search(s: _Situation) -> str:
+    """That the step may say that the guilty member is to be looked for, where there is one to be found."""
+    coarse = s.members > 1 if not s.inside else s.inside > 1
+    if s.quarantine_at_most or not coarse or not s.failed or s.failed.failure not in OF_DATA:
+        return ""
+    return f"; with `quarantine_at_most: 1`, {s.step} looks for the member that it fails on, and runs without it"
+
+
+def of_members(line: WhyLine, members: Collection[str]) -> WhyLine:
+    """What is to be said of members that a unit leaves out, in place of what is said of the unit."""
+    aside = [q for q in line.quarantined if q.member in members]
+    said = (f"{q.member}: run {q.run} failed, and so did run {q.probe} with it alone: {q.error}" for q in aside)
+    return structs.replace(
+        line,
+        state=CoverageState.BLOCKED,
+        why=Why.QUARANTINED,
+        reason=f"in quarantine, {line.step} is run without it: {'; '.join(said)}",
+        change=CHANGE[Why.QUARANTINED].format(release=_release(line, aside[0].member if len(aside) == 1 else "")),
     )
 
 
@@ -533,6 +589,19 @@ def why_package(conn: Connection, name: str, *, location_id: int) -> PackageWhy:
         package=package["id"],
     )
     units = explain(conn, [(p["step_id"], p["unit_id"]) for p in pairs])
+    aside = {
+        (r["pipeline"], r["step"], r["unit"]): r["member"]
+        for r in _all(
+            conn,
+            f"""
+            SELECT p.name AS pipeline, s.name AS step, u.key AS unit, x.member FROM ({PACKAGES_LEFT_OUT}) x
+            JOIN reduction_step s ON s.id = x.step_id JOIN pipeline p ON p.id = s.pipeline_id
+            JOIN unit u ON u.id = x.unit_id WHERE x.package_id = :package
+            """,
+            package=package["id"],
+        )
+    }
+    units = [of_members(u, {aside[key]}) if (key := (u.pipeline, u.step, u.unit)) in aside else u for u in units]
     others = _all(
         conn,
         f"""

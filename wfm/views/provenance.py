@@ -13,7 +13,8 @@ from sqlalchemy import Connection
 
 from wfm.errors import NotFoundError, UsageError
 from wfm.model import ProductType
-from wfm.views.run_lines import _PINNED, _RUN_SOFTWARE, _RUN_TABLES
+from wfm.schema import PINNED
+from wfm.views.run_lines import _RUN_SOFTWARE, _RUN_TABLES
 from wfm.views.sql import _PACKAGES, _PRODUCTS, _all, _column, _no_run, _not_found, _require
 
 
@@ -105,7 +106,7 @@ def _package_seeds(conn: Connection, name: str) -> tuple[_Key, list[int]]:
         conn,
         f"""
         SELECT r.id FROM unit_member m JOIN unit u ON u.id = m.unit_id
-        JOIN reduction_step s ON s.pipeline_id = u.pipeline_id JOIN run r ON r.step_id = s.id AND {_PINNED}
+        JOIN reduction_step s ON s.pipeline_id = u.pipeline_id JOIN run r ON r.step_id = s.id AND {PINNED}
         WHERE m.package_id = :package AND {_READS_RAW} ORDER BY r.id
         """,
         package=package,
@@ -172,7 +173,7 @@ def _load(
     for r in _all(
         conn,
         f"""
-        SELECT r.id, p.name AS pipeline, s.name AS step, u.key AS unit, r.state, r.attempt, r.finished_at,
+        SELECT r.id, p.name AS pipeline, s.name AS step, u.key AS unit, r.state, r.attempt, r.finished_at, r.probe_of,
             sw.name AS software, sv.version, sv.state AS version_state, cf.name AS config, cr.revision, cr.parameters,
             cr.revoked_by AS config_revoked_by, cr.revoked_reason AS config_revoked_reason
         FROM {_RUN_TABLES} {_RUN_SOFTWARE} WHERE r.id = ANY(:runs)
@@ -183,11 +184,12 @@ def _load(
         config = f", config {r['config']} revision {r['revision']}" if r["config"] else ""
         config += _revoked(r, "config_")
         state = "" if r["version_state"] == "active" else f" ({r['version_state']})"
+        probe = f", a probe of run {r['probe_of']}" if r["probe_of"] else ""
         nodes[run] = LineageNode(
             kind=LineageKind.RUN,
             id=run[1],
             label=f"{r['pipeline']}/{r['step']} {r['unit']}",
-            note=f"{r['state']}, {r['software']} {r['version']}{state}{config}",
+            note=f"{r['state']}, {r['software']} {r['version']}{state}{config}{probe}",
             details=r,
         )
     read: defaultdict[tuple[int, int], list[_Key]] = defaultdict(list)
@@ -230,7 +232,7 @@ def _load(
         conn,
         f"""
         WITH needed AS (
-            SELECT r.id AS run, m.package_id FROM run r JOIN unit_member m ON {_PINNED}
+            SELECT r.id AS run, m.package_id FROM run r JOIN unit_member m ON {PINNED}
             WHERE r.id = ANY(:up) AND {_READS_RAW}
             UNION ALL SELECT NULL, CAST(:root AS bigint))
         SELECT n.run, k.id, k.name, k.state, k.size, k.revoked_by, k.revoked_reason,

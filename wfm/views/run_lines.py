@@ -9,8 +9,10 @@ from typing import Any
 from msgspec import Struct, structs
 from sqlalchemy import Connection
 
-from wfm.model import JobSpec, ProductType, RunState, UpstreamRead
+from wfm.model import JobSpec, LeftOut, Probe, ProductType, RunState, Subset, UpstreamRead
+from wfm.schema import PINNED
 from wfm.views.ledger import _EVENT, EventLine
+from wfm.views.quarantine import left_out
 from wfm.views.sql import (
     _OF_PIPELINE,
     _PIPELINES,
@@ -34,6 +36,7 @@ class RunLine(Struct, frozen=True, kw_only=True):
         failure: class of the last attempt's failure. message: the same for people.
         wall_seconds: of the last attempt that ended.
         superseded: a later run of the same step and unit is COMPLETED.
+        probe_of: the failed run that it examines; it covers nothing. None of other runs.
     """
 
     id: int
@@ -52,6 +55,7 @@ class RunLine(Struct, frozen=True, kw_only=True):
     finished_at: datetime | None
     wall_seconds: float | None
     superseded: bool
+    probe_of: int | None
 
 
 class RunRef(Struct, frozen=True):
@@ -114,7 +118,10 @@ class RunDetail(RunLine, frozen=True, kw_only=True):
     Attributes:
         accepted: coverage of its unit rests on this run.
         generation: of the unit's members; with the unit it pins the raw inputs.
-        packages: names of these members in order, the first `SHOWN` of `packages_total`.
+        packages: names of those it reads in order, the first `SHOWN` of `packages_total`; of a step that depends on
+            others, of all members.
+        subset: what of its unit it reads, if not all. quarantined: members that it leaves out, and why.
+        probe: which part of the failed unit it tries, if it is a probe.
         upstream: runs whose results it reads, the first `SHOWN` of `upstream_total`.
         partial: where it does not need all results of the steps it depends on, which ones it has.
         wanted: digest of inputs, version and config.
@@ -139,6 +146,9 @@ class RunDetail(RunLine, frozen=True, kw_only=True):
     upstream: list[RunRef] = []
     upstream_total: int = 0
     partial: list[UpstreamRead] = []
+    subset: Subset | None
+    quarantined: list[LeftOut] = []
+    probe: Probe | None
     priority: int
     cpu: float
     memory_gb: float
@@ -167,9 +177,9 @@ SHOWN = 100
 # Ids of one unit's runs grow with the generation of their inputs; the time of completion says nothing.
 _RUN_COLUMNS = """
 r.id, p.name AS pipeline, s.name AS step, u.key AS unit, r.state, r.attempt, r.version, r.waiting_for, r.failure,
-r.message, r.created_at, r.state_since, r.started_at, r.finished_at, r.wall_seconds,
+r.message, r.created_at, r.state_since, r.started_at, r.finished_at, r.wall_seconds, r.probe_of,
 EXISTS (SELECT 1 FROM run n WHERE (n.step_id, n.unit_id) = (r.step_id, r.unit_id) AND n.id > r.id
-    AND n.state = 'COMPLETED') AS superseded
+    AND n.state = 'COMPLETED' AND n.probe_of IS NULL) AS superseded
 """
 _RUN_TABLES = """
 run r JOIN reduction_step s ON s.id = r.step_id JOIN pipeline p ON p.id = r.pipeline_id JOIN unit u ON u.id = r.unit_id
@@ -178,8 +188,6 @@ _RUN_SOFTWARE = """
 JOIN software_version sv ON sv.id = r.software_version_id JOIN software sw ON sw.id = sv.software_id
 LEFT JOIN config_revision cr ON cr.id = r.config_revision_id LEFT JOIN config cf ON cf.id = cr.config_id
 """
-# The members m of its unit that run r pinned.
-_PINNED = "m.unit_id = r.unit_id AND m.added <= r.generation AND (m.removed IS NULL OR m.removed > r.generation)"
 
 
 def runs(
@@ -242,11 +250,11 @@ def run_detail(conn: Connection, run_id: int) -> RunDetail:
             cf.name AS config, cr.revision AS config_revision, cr.parameters,
             EXISTS (SELECT 1 FROM coverage c WHERE (c.step_id, c.unit_id, c.run_id) = (r.step_id, r.unit_id, r.id))
                 AND r.state = 'COMPLETED' AS accepted,
-            r.upstream AS partial,
+            r.upstream AS partial, r.subset, r.probe,
             r.generation, r.wanted, r.priority, r.cpu, r.memory_gb, r.failures, s.max_retries, r.due_at,
             r.look_again_at, r.submitted_at, r.job, r.backend, r.handle, r.exit_code, r.cpu_hours, r.peak_memory_gb,
             r.node, r.evidence,
-            (SELECT count(*) FROM unit_member m WHERE {_PINNED}) AS packages_total,
+            (SELECT count(*) FROM unit_member m WHERE {PINNED}) AS packages_total,
             (SELECT count(*) FROM run_input i WHERE i.run_id = r.id) AS upstream_total
         FROM {_RUN_TABLES} {_RUN_SOFTWARE} JOIN data_location l ON l.id = r.location_id WHERE r.id = :run
         """,
@@ -256,10 +264,11 @@ def run_detail(conn: Connection, run_id: int) -> RunDetail:
         _no_run(conn, run_id)
     return structs.replace(
         found[0],
+        quarantined=list(left_out(conn, [run_id]).get(run_id, ())),
         packages=_column(
             conn,
             f"""
-            SELECT k.name FROM run r JOIN unit_member m ON {_PINNED} JOIN raw_data_package k ON k.id = m.package_id
+            SELECT k.name FROM run r JOIN unit_member m ON {PINNED} JOIN raw_data_package k ON k.id = m.package_id
             WHERE r.id = :run ORDER BY k.name LIMIT :shown
             """,
             run=run_id,
