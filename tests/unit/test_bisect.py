@@ -168,16 +168,16 @@ def test_members_that_are_others_than_the_digest_says_are_not_searched():
     assert not Inputs(3, 2, ()).made_of([a]), "one is missing"
 
     def part(digest, covered=1):
-        return Upstream(step="scan", total=1, covered=covered, blocked=0, digest=digest)
+        return Upstream(step="scan", total=1, covered=covered, blocked=0, digest=digest, identity="scan")
 
-    whole = Inputs(9, 9, (Upstream("scan", 3, 2, 0, 3), Upstream("same", 1, 1, 0, 7)))
+    whole = Inputs(9, 9, (Upstream("scan", 3, 2, 0, 3, "scan"), Upstream("same", 1, 1, 0, 7, "same")))
     units = [Member(id=i, name=str(i), dims="x", upstream=(part(i),)) for i in (1, 2)]
     assert whole.made_of(units), "one has no result yet: that step takes those that are there"
     assert not whole.made_of(units[:1])
     assert not whole.made_of([units[0], Member(id=2, name="2", dims="x", upstream=(part(5),))])
     left = whole.without(units[:1])
     assert (left.items, left.members) == (9, 9)
-    assert left.upstream == (Upstream("scan", 2, 1, 0, 2), Upstream("same", 1, 1, 0, 7))
+    assert left.upstream == (Upstream("scan", 2, 1, 0, 2, "scan"), Upstream("same", 1, 1, 0, 7, "same"))
 
 
 def test_a_probe_is_not_repeated_by_hand():
