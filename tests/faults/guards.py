@@ -863,9 +863,9 @@ _FACTS, _DOCUMENTS = "wfm/gaps/facts.py", "wfm/documents.py"
 RENAMING = [
     _guard(
         "the name of a step is not in the digests of what reads it",
-        _FACTS,
-        "        by_step = {u.identity: u.digest for u in upstream}\n        wanted",
-        "        by_step = {u.step: u.digest for u in upstream}\n        wanted",
+        "wfm/gaps/quarantine.py",
+        "return {u.identity: u.digest for u in self.upstream}",
+        "return {u.step: u.digest for u in self.upstream}",
         f"{_RENAMING}::test_a_step_in_the_middle_gets_another_name_and_nothing_runs",
         "tests/integration/test_gap_engine.py",
     ),
