@@ -16,9 +16,9 @@ from wfm.events import ENTRANCES, Message, ObservationLost, PipelineChanged, Wai
 from wfm.grouping import unknown
 from wfm.model import Actor, Role, RunState
 from wfm.roles import next_attempt
+from wfm.schema import MEMBER_NAME
 from wfm.store import Move, RunRow, Tx, encode
 from wfm.views.approvals import HELD, ApprovalLine, approvals
-from wfm.views.quarantine import MEMBER
 
 
 class Moved(Struct, frozen=True):
@@ -311,7 +311,8 @@ def release_quarantine(tx: Tx, pipeline: str, step: str, unit: str, member: str 
     aside = {
         r.member: r.id
         for r in tx.all(
-            f"SELECT w.id, {MEMBER} AS member FROM quarantine w WHERE w.id = ANY(:ids)", ids=found[0].quarantined or []
+            f"SELECT w.id, {MEMBER_NAME} AS member FROM quarantine w WHERE w.id = ANY(:ids)",
+            ids=found[0].quarantined or [],
         )
     }
     if not aside:

@@ -826,6 +826,10 @@ quarantine = Table(
     ),
 )
 
+MEMBER_NAME = """coalesce((SELECT name FROM raw_data_package x WHERE x.id = w.package_id),
+    (SELECT key FROM unit x WHERE x.id = w.member_id))"""
+"""The name of the member that row ``w`` of quarantine is about."""
+
 # When one of a queue's runs last got a slot: among equals, who was served the longest ago comes next. It is written by
 # admission alone, and so is no column of the queue's own row, which others lock.
 slot_turn = Table(

@@ -264,7 +264,11 @@ class Tx:
         """
         before = self._by_key
         self._plan(by_key)
-        yield  # what is raised ends the transaction, and with it this setting
+        try:
+            yield
+        except BaseException:
+            self._by_key = before  # whatever it rolls back, the transaction or to a savepoint, takes the settings along
+            raise
         self._plan(before)
 
     def _plan(self, by_key: bool) -> None:

@@ -145,6 +145,7 @@ def test_released_by_hand_by_a_version_and_by_new_content(world, cli):
         assert "Missing option '--reason'" in cli("quarantine", "release", "p/map", "all", code=2).stderr
         assert "p3" in cli("quarantine", "release", "p/map", "all", "p3", "--reason", "x", code=3).stderr
         assert "names no step" in cli("quarantine", "release", "p", "all", "--reason", "x", code=2).stderr
+        assert "it is blank" in cli("quarantine", "release", "p/map", "all", "--reason", "  ", code=2).stderr
         done = cli.json("quarantine", "release", "p/map", "all", "p2", "--reason", "it may be good")
         assert done == {"members": ["p2"], "retried": first, "refused": ""}
         wait_until(lambda: len(probes(world)) == 2 * (n - 2), what="another search")

@@ -95,5 +95,15 @@ def test_the_planner_is_asked_again_afterwards(folded: World) -> None:
         work(tx)  # what the transaction before had prepared is still known
 
 
+def test_the_planner_is_asked_again_after_a_savepoint(folded: World) -> None:
+    with folded.store.begin() as tx:
+        usual = settings(tx)
+        with pytest.raises(DBAPIError), tx.conn.begin_nested(), tx.by_key():
+            tx.run("SELECT 1 / 0")
+        assert settings(tx) == usual
+        with tx.by_key():
+            assert settings(tx) == ["1", "off", "off", "off"]
+
+
 def test_names_are_their_own() -> None:
     assert len({x.name for x in PREPARED}) == len(PREPARED) > 8

@@ -32,8 +32,20 @@ T = TypeVar("T")
 reason = click.option(
     "--reason", default="", show_default=False, metavar="TEXT", help="Why; stands in the history beside your name."
 )
+
+
+def _not_blank(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
+    if not text.strip():
+        raise click.BadParameter("it is blank; say why")
+    return text
+
+
 required_reason = click.option(
-    "--reason", required=True, metavar="TEXT", help="Why; stands beside your name for those who look later."
+    "--reason",
+    required=True,
+    callback=_not_blank,
+    metavar="TEXT",
+    help="Why; stands beside your name for those who look later.",
 )
 Key = click.IntRange(1, 2**63 - 1)
 """The id of a row."""

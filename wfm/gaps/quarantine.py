@@ -23,6 +23,7 @@ from wfm.decide import (
 )
 from wfm.events import DataQuarantined, DataReleased
 from wfm.model import OF_DATA, Actor, Pair, Probe, RunState, Subset
+from wfm.schema import MEMBER_NAME
 from wfm.store import WITHDRAWN, Prepared, Tx, encode
 
 
@@ -242,7 +243,7 @@ def _tried(tx: Tx, runs: Mapping[int, Any]) -> Mapping[int, list[Tried]]:
 def _over(tx: Tx, runs: Mapping[int, Any]) -> dict[int, str]:
     """By failed run whose search has ended with a release, why that was."""
     rows = tx.all(
-        "SELECT DISTINCT ON (run_id) run_id, run_version, released_by, released_reason FROM quarantine"
+        "SELECT DISTINCT ON (run_id) run_id, run_version, released_reason FROM quarantine"
         " WHERE run_id = ANY(:ids) AND released_at IS NOT NULL ORDER BY run_id, run_version DESC",
         ids=list(runs),
     )
@@ -384,14 +385,13 @@ def set_aside(tx: Tx, guilty: Sequence[Guilty], actor: Actor) -> None:
 def release(tx: Tx, ids: Sequence[int], actor: Actor) -> Sequence[Any]:
     """Release rows of quarantine, for the actor's reason; returns them (step_id, unit_id, member)."""
     rows = tx.all(
-        """
+        f"""
         UPDATE quarantine w SET released_at = now(), released_by = :by, released_reason = :reason
         FROM reduction_step s, pipeline p, unit u
         WHERE w.id = ANY(:ids) AND w.released_at IS NULL AND s.id = w.step_id AND p.id = s.pipeline_id
             AND u.id = w.unit_id
         RETURNING w.step_id, w.unit_id, p.location_id, p.name AS pipeline, s.name AS step, u.key AS unit, w.run_id,
-            coalesce((SELECT name FROM raw_data_package k WHERE k.id = w.package_id),
-                (SELECT key FROM unit l WHERE l.id = w.member_id)) AS member
+            {MEMBER_NAME} AS member
         """,
         ids=list(ids),
         by=actor.name,

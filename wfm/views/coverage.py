@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import msgspec
@@ -15,9 +15,9 @@ from wfm import grouping
 from wfm.decide import due_text, due_times
 from wfm.errors import NotFoundError
 from wfm.model import OF_DATA, CoverageState, FanIn, Pair, RunState, Schedule, Why
-from wfm.schema import UNITS_INSIDE, UPSTREAM_COUNTS
+from wfm.schema import MEMBER_NAME, UNITS_INSIDE, UPSTREAM_COUNTS
 from wfm.store import WITHDRAWN
-from wfm.views.quarantine import MEMBER, PACKAGES_LEFT_OUT
+from wfm.views.quarantine import PACKAGES_LEFT_OUT
 from wfm.views.sql import (
     _OF_PIPELINE,
     _PACKAGES,
@@ -251,6 +251,8 @@ def why(
         pipeline=pipeline,
         step=step,
     )
+    if not steps:
+        return []
     return explain(conn, _first(conn, steps, limit) if unit is None else _named(conn, steps, unit)[:limit])
 
 
@@ -265,7 +267,7 @@ def _named(conn: Connection, steps: Sequence[Mapping[str, Any]], unit: str) -> l
         LEFT JOIN coverage c ON (c.step_id, c.unit_id) = (s.id, u.id)
         WHERE s.id = ANY(:steps) AND (u.dims = s.dims AND u.members > 0 OR c.step_id IS NOT NULL)
         """,
-        pipeline=steps[0]["pipeline_id"] if steps else None,
+        pipeline=steps[0]["pipeline_id"],
         unit=unit,
         steps=[s["id"] for s in steps],
     )
@@ -283,21 +285,19 @@ def _first(conn: Connection, steps: Sequence[Mapping[str, Any]], limit: int) -> 
         SELECT step_id, dims, state, sum(units)::bigint AS units FROM coverage_tally WHERE pipeline_id = :pipeline
         GROUP BY step_id, dims, state HAVING sum(units) > 0
         """,
-        pipeline=steps[0]["pipeline_id"] if steps else None,
+        pipeline=steps[0]["pipeline_id"],
     )
     units = {(c["step_id"], c["dims"], c["state"]): c["units"] for c in counts}
     pairs: list[Pair] = []
-    for state in _NEEDS_SOMEBODY_FIRST:
-        for s in steps:
-            here = {dims: n for (step, dims, in_state), n in units.items() if (step, in_state) == (s["id"], state)}
+    for state, s in product(_NEEDS_SOMEBODY_FIRST, steps):
+        here = {dims: n for (step, dims, in_state), n in units.items() if (step, in_state) == (s["id"], state)}
+        few = sum(here.values()) <= _FEW_UNITS
+        if state is CoverageState.WAITING:
             seen = sum(n for (step, dims, _), n in units.items() if (step, dims) == (s["id"], s["dims"]))
-            if state is CoverageState.WAITING and seen < (all_units := units.get((None, s["dims"], None), 0)):
-                here[s["dims"]] = here.get(s["dims"], 0) + all_units - seen  # nobody has looked at them yet
-                few = False
-            else:
-                few = sum(here.values()) <= _FEW_UNITS
-            if here and len(pairs) < limit:
-                pairs += _in_state(conn, s, state, () if few else sorted(here), limit - len(pairs))
+            if seen < units.get((None, s["dims"], None), 0):  # nobody has looked at the others yet: no row says so
+                here, few = {**here, s["dims"]: 0}, False
+        if here and len(pairs) < limit:
+            pairs += _in_state(conn, s, state, () if few else sorted(here), limit - len(pairs))
     return pairs
 
 
@@ -352,7 +352,7 @@ def explain(conn: Connection, pairs: Sequence[Pair]) -> list[WhyLine]:
             CASE WHEN c.why = 'failed' THEN (SELECT count(*) FROM unit_edge e WHERE e.upper_id = u.id) ELSE 0 END
                 AS inside,
             CASE WHEN c.quarantined IS NULL THEN '[]' ELSE (
-                SELECT jsonb_agg(jsonb_build_object('member', {MEMBER}, 'at', {_UTC.format("w.created_at")},
+                SELECT jsonb_agg(jsonb_build_object('member', {MEMBER_NAME}, 'at', {_UTC.format("w.created_at")},
                     'run', w.run_id, 'probe', w.probe_id, 'error', r.message) ORDER BY w.id)
                 FROM quarantine w JOIN run r ON r.id = w.probe_id WHERE w.id = ANY(c.quarantined)) END AS quarantined
         FROM {_PAIRS} JOIN reduction_step s ON s.id = q.step_id JOIN pipeline p ON p.id = s.pipeline_id

@@ -11,6 +11,7 @@ from msgspec import Struct
 from sqlalchemy import Connection
 
 from wfm.model import LeftOut
+from wfm.schema import MEMBER_NAME
 from wfm.views.sql import (
     _OF_PIPELINE,
     _PIPELINES_HERE,
@@ -23,14 +24,8 @@ from wfm.views.sql import (
     _rows,
 )
 
-MEMBER = """
-coalesce((SELECT name FROM raw_data_package x WHERE x.id = w.package_id),
-    (SELECT key FROM unit x WHERE x.id = w.member_id))
-"""
-"""The name of what row ``w`` of quarantine is about."""
-
 PACKAGES_LEFT_OUT = f"""
-SELECT c.step_id, c.unit_id, {MEMBER.strip()} AS member, coalesce(w.package_id, m.package_id) AS package_id
+SELECT c.step_id, c.unit_id, {MEMBER_NAME} AS member, coalesce(w.package_id, m.package_id) AS package_id
 FROM quarantine w JOIN coverage c ON (c.step_id, c.unit_id) = (w.step_id, w.unit_id) AND w.id = ANY(c.quarantined)
 LEFT JOIN unit_member m ON m.unit_id = w.member_id AND m.removed IS NULL
 """
@@ -96,7 +91,7 @@ def quarantine(
         conn,
         QuarantineLine,
         f"""
-        SELECT w.id, p.name AS pipeline, s.name AS step, u.key AS unit, {MEMBER} AS member,
+        SELECT w.id, p.name AS pipeline, s.name AS step, u.key AS unit, {MEMBER_NAME} AS member,
             CASE WHEN w.package_id IS NULL THEN 'unit' ELSE 'package' END AS kind,
             w.id = ANY(c.quarantined) IS TRUE AS in_force, w.created_at, w.run_id AS run, w.probe_id AS probe,
             r.message AS error, sw.name AS software, sv.version, w.config AS config_hash, w.reason, w.released_at,
@@ -127,7 +122,7 @@ def left_out(conn: Connection, run_ids: Collection[int]) -> Mapping[int, list[Le
         conn,
         f"""
         SELECT DISTINCT ON (run, member) * FROM (
-            SELECT r.id AS run, {MEMBER} AS member, w.id, w.reason
+            SELECT r.id AS run, {MEMBER_NAME} AS member, w.id, w.reason
             FROM run r CROSS JOIN LATERAL jsonb_array_elements_text(r.subset -> 'without') x(member)
             JOIN quarantine w ON (w.step_id, w.unit_id) = (r.step_id, r.unit_id) AND w.created_at <= r.created_at
                 AND CASE r.subset ->> 'of' WHEN 'units' THEN w.member_id ELSE w.package_id END = x.member::bigint
