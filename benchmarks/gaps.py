@@ -199,7 +199,8 @@ def fill(world: World, size: int) -> None:
                 FROM coverage c JOIN reduction_step s ON s.id = c.step_id
                 JOIN ({facts.RULES}) rules ON rules.step_id = s.id
                 JOIN unit u ON u.id = c.unit_id LEFT JOIN backfill b ON b.id = c.backfill_id
-                CROSS JOIN (SELECT CAST(NULL AS text) AS digests) rv LEFT JOIN LATERAL ({facts.UPSTREAM}) up ON true) z
+                CROSS JOIN (SELECT CAST(NULL AS text) AS digests) rv
+                CROSS JOIN (SELECT CAST(NULL AS text) AS rows) qu LEFT JOIN LATERAL ({facts.UPSTREAM}) up ON true) z
             WHERE (o.step_id, o.unit_id) = (z.step_id, z.unit_id)
         """,
         "sequences": "; ".join(
